@@ -1,0 +1,116 @@
+"""A recipe says how a model becomes an artefact: TOML in, a frozen `Recipe` with a digest out."""
+
+import hashlib
+import re
+import tomllib
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from mobile_export.errors import ExportError, nearest
+
+
+class _Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    pass
+
+
+class Quantize(_Table):
+    """How weights become codes. int8 symmetric per output channel is what all runtimes share."""
+
+    weights: Literal["int8"] = "int8"
+
+
+class ExecuTorch(_Table):
+    """Options of the ExecuTorch target."""
+
+    kv_cache: Literal["fp32", "int8"] = "fp32"
+    """Type of the KV cache inside the `.pte`: int8 is per token and head, with fp32 scales."""
+    all_logits: bool = True
+    """Add the method `forward_all` (logits at every position) that full parity needs."""
+
+
+class Threshold(_Table):
+    """Limits between two stages; a stage over any of them fails."""
+
+    kl_mean: float
+    """Mean KL divergence in nats per position, at most."""
+    top1: float
+    """Share of positions with the same most likely token, at least."""
+
+
+class Parity(_Table):
+    """What each stage may lose against the stage before it, and the artefact against the source."""
+
+    traced: Threshold = Threshold(kl_mean=1e-6, top1=0.999)
+    quantized: Threshold = Threshold(kl_mean=0.01, top1=0.95)
+    artifact: Threshold = Threshold(kl_mean=0.01, top1=0.95)
+    total: Threshold = Threshold(kl_mean=0.02, top1=0.94)
+
+
+class Recipe(_Table):
+    """One way to export: everything that shapes the artefact's bytes, and the limits it must keep."""
+
+    name: str
+    context: int = 2048
+    """Positions the KV cache holds: prompt and answer together."""
+    quantize: Quantize = Quantize()
+    executorch: ExecuTorch = ExecuTorch()
+    parity: Parity = Parity()
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the recipe's canonical JSON."""
+        return hashlib.sha256(msgspec.json.encode(self, order="sorted")).hexdigest()
+
+
+def recipe_folder() -> Path:
+    """The folder of the recipes that come with the package."""
+    return Path(__file__).parent / "recipes"
+
+
+def load_recipe(name_or_file: str = "int8", *, context: int | None = None) -> Recipe:
+    """Read a recipe by the name of one in the package, or a TOML file; `context` overrides its own.
+
+    Raises ExportError for an unknown name, an unknown key (with its path and the nearest known
+    one), a value of the wrong type, or a context below 1.
+    """
+    path = Path(name_or_file)
+    if path.suffix != ".toml":
+        known = [file.stem for file in recipe_folder().glob("*.toml")]
+        if name_or_file not in known:
+            raise ExportError(f"unknown recipe '{name_or_file}'", nearest(name_or_file, known))
+        path = recipe_folder() / f"{name_or_file}.toml"
+    try:
+        table = tomllib.loads(path.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise ExportError(f"cannot read recipe '{name_or_file}': {reason}", "check the file") from None
+    table.setdefault("name", path.stem)
+    if context is not None:
+        table["context"] = context
+    recipe = parse_recipe(table)
+    if recipe.context < 1:
+        raise ExportError(f"context {recipe.context} is too small", "use --context 1 or more, e.g. 2048")
+    return recipe
+
+
+def parse_recipe(table: dict[str, Any]) -> Recipe:
+    """A checked `Recipe` from a parsed TOML table; errors name the key's path."""
+    _refuse_unknown(table, Recipe, "")
+    try:
+        return msgspec.convert(table, Recipe)
+    except msgspec.ValidationError as error:
+        found = re.search(r"`\$\.?(.*)`$", str(error))
+        where = found.group(1) if found else ""
+        reason = str(error).split(" - at ")[0]
+        raise ExportError(f"recipe key '{where}': {reason}", "correct the recipe") from None
+
+
+def _refuse_unknown(table: dict[str, Any], kind: type[msgspec.Struct], prefix: str) -> None:
+    fields = {field.name: field.type for field in msgspec.structs.fields(kind)}
+    for key, value in table.items():
+        if key not in fields:
+            raise ExportError(f"unknown recipe key '{prefix}{key}'", nearest(key, fields))
+        if isinstance(value, dict) and isinstance(fields[key], type) and issubclass(fields[key], msgspec.Struct):
+            _refuse_unknown(value, fields[key], f"{prefix}{key}.")
