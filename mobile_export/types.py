@@ -72,6 +72,19 @@ class Program:
     """Names of the passes that made it, in order."""
 
 
+def sample_inputs(dims: Dims) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Inputs of the program's signature and its dynamic shapes, for `torch.export.export`."""
+    import torch
+
+    sample = min(8, dims.context)
+    length = torch.export.Dim("length", min=1, max=dims.context) if sample > 1 else None
+    caches = tuple(
+        torch.zeros(1, dims.kv_heads, dims.context, dims.head_dim) for _ in range(2 * dims.layers)
+    )
+    inputs = (torch.zeros(1, sample, dtype=torch.int64), torch.zeros(1, dtype=torch.int64), caches)
+    return inputs, {"tokens": {1: length}, "start": None, "caches": tuple(None for _ in caches)}
+
+
 class Runner(Protocol):
     """Something that executes a model: a program, or an artefact in its real runtime."""
 
