@@ -1,10 +1,16 @@
 """Where fetched and converted models live."""
 
+import errno
 import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from mobile_export.errors import ExportError
+from mobile_export.files import new_folder
+
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 
 
 def root() -> Path:
@@ -25,13 +31,30 @@ def downloads() -> Path:
     return root() / "downloads"
 
 
+def build(path: Path, intact: Callable[[Path], bool], write: Callable[[Path], None]) -> Path:
+    """`path`, as it is when `intact`, else made by `write` (given an empty folder) and swapped in whole."""
+    with lock(path.name):
+        if not (path.is_dir() and intact(path)):
+            with new_folder(path) as temporary:
+                write(temporary)
+    return path
+
+
 @contextmanager
 def lock(name: str) -> Iterator[None]:
-    """Hold the cache's lock of that name: two processes never do the same work at once.
+    """Hold the cache's lock of that name, so that two processes never do the same work at once.
 
-    The system lets go of it when the process ends, however it ends.
+    The system lets go of it when the process ends, however it ends. A cache that cannot be
+    written (full disk, no permission) becomes an ExportError.
     """
-    root().mkdir(parents=True, exist_ok=True)
-    with (root() / f".{name}.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+    try:
+        folder = root() / "locks"
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / name).open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+    except OSError as error:
+        if error.errno not in _DISK:
+            raise
+        hint = "free some space, or set MOBILE_EXPORT_CACHE to a folder you can write to"
+        raise ExportError(f"cannot write to the model cache: {error.strerror}", hint) from None

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from mobile_export.checkpoint.families import write_json
 from mobile_export.errors import ExportError
 from mobile_export.files import sha256_file
 from mobile_export.types import Checkpoint
@@ -131,29 +132,38 @@ def check_safetensors(file: Path) -> None:
 
 def digest(path: Path) -> str:
     """sha256 over the sorted names and sha256 of config, tokenizer, chat template and weights."""
-    memo = _read_memo(path)
+    known = _read_memo(path)["weights"]
     total = hashlib.sha256()
     files = [path / name for name in TEXT_FILES if (path / name).is_file()] + weight_files(path)
     for file in sorted(files, key=lambda file: file.name):
-        total.update(f"{file.name} {memo.get(_stamp(file)) or sha256_file(file)}\n".encode())
+        total.update(f"{file.name} {known.get(_stamp(file)) or sha256_file(file)}\n".encode())
     return total.hexdigest()
 
 
-def remember_digests(path: Path) -> None:
-    """Note each weight file's sha256 beside it: gigabytes need not be read again while unchanged.
+def seal(path: Path) -> None:
+    """Finish a folder of our cache: note its digest and each weight file's sha256 in it.
 
-    Only for folders in our cache; a changed size or modification time makes a note void.
+    Gigabytes need not be read again while a file's size and modification time stay the same.
     """
-    memo = {_stamp(file): sha256_file(file) for file in weight_files(path)}
-    (path / _MEMO).write_text(json.dumps(memo, indent=1, sort_keys=True) + "\n", "utf-8")
+    weights = {_stamp(file): sha256_file(file) for file in weight_files(path)}
+    write_json(path / _MEMO, {"digest": digest(path), "weights": weights})
 
 
-def _read_memo(path: Path) -> dict[str, str]:
+def intact(path: Path) -> bool:
+    """Whether a folder of our cache is still what it was when it was sealed."""
+    try:
+        return digest(path) == _read_memo(path)["digest"]
+    except (ExportError, OSError):
+        return False
+
+
+def _read_memo(path: Path) -> dict[str, Any]:
+    empty: dict[str, Any] = {"digest": None, "weights": {}}
     try:
         memo = json.loads((path / _MEMO).read_text("utf-8"))
     except (OSError, ValueError):
-        return {}
-    return memo if isinstance(memo, dict) else {}
+        return empty
+    return memo if isinstance(memo, dict) and memo.keys() == empty.keys() else empty
 
 
 def _stamp(file: Path) -> str:

@@ -12,14 +12,13 @@ from mobile_export.checkpoint import cache, folder, tokenizer
 from mobile_export.checkpoint.families import Shape, tensor_shapes, write_configs
 from mobile_export.checkpoint.weights import write_fp32
 from mobile_export.errors import ExportError, nearest
-from mobile_export.files import new_folder
 from mobile_export.types import Checkpoint
 
 if TYPE_CHECKING:
     import numpy as np
 
 PREFIX = "sandbox:"
-VERSION = 1
+VERSION = 2
 """Raise it when the same spec gives other bytes: cached folders carry it in their name."""
 _DEFAULTS = {
     "layers": 2,
@@ -45,10 +44,7 @@ def resolve(spec: str) -> Checkpoint:
     shape, seed = parse(spec)
     name = _name(shape, seed)
     path = cache.checkpoints() / f"{name}-v{VERSION}"
-    with cache.lock(name):
-        if not path.is_dir():
-            with new_folder(path) as temporary:
-                _write(temporary, shape, seed)
+    cache.build(path, folder.intact, lambda empty: _write(empty, shape, seed))
     return Checkpoint(
         name=name,
         spec=spec,
@@ -125,7 +121,7 @@ def _write(path: Path, shape: Shape, seed: int) -> None:
     end, start_, stop = (words.special[token] for token in _SPECIAL)
     write_configs(path, shape, bos=end, eos=[stop, end], pad=end)
     tokenizer.save(path, words, context=shape.context, template=tokenizer.CHATML)
-    folder.remember_digests(path)
+    folder.seal(path)
 
 
 def _random(shapes: dict[str, tuple[int, ...]], seed: int) -> Iterator[tuple[str, np.ndarray]]:
@@ -136,7 +132,7 @@ def _random(shapes: dict[str, tuple[int, ...]], seed: int) -> Iterator[tuple[str
     for name, shape in shapes.items():
         values = generator.standard_normal(shape, dtype=np.float32)
         if len(shape) == 2:
-            scale = 0.25 if "embed" in name or "lm_head" in name else shape[1] ** -0.5
+            scale = 0.25 if "embed" in name or "lm_head" in name else 2.0 * shape[1] ** -0.5
             yield name, values * np.float32(scale)
         else:
             yield name, values * np.float32(0.1) + np.float32(0.0 if name.endswith("bias") else 1.0)
@@ -154,6 +150,7 @@ def _words(size: int) -> tokenizer.Words:
     pairs = dict.fromkeys([*product(letters, letters[1:]), *product(alphabet, alphabet)])
     merges = list(islice(pairs, size - len(alphabet) - len(_SPECIAL)))
     tokens = [*alphabet, *(left + right for left, right in merges)]
+    vocab = {token: i for i, token in enumerate(tokens)}
     special = {token: len(tokens) + i for i, token in enumerate(_SPECIAL)}
     end = _SPECIAL[0]
-    return tokenizer.Words(tokens, merges, special, {}, "qwen2", bos=None, eos=_SPECIAL[2], pad=end)
+    return tokenizer.Words(vocab, merges, special, {}, "qwen2", bos=None, eos=_SPECIAL[2], pad=end)

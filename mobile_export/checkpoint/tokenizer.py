@@ -18,8 +18,8 @@ CHATML = (
 class Words:
     """A tokenizer's data."""
 
-    tokens: Sequence[str]
-    """Ordinary tokens in the byte-level alphabet; the id is the position."""
+    tokens: Mapping[str, int]
+    """Tokens in the byte-level alphabet, with their ids."""
     merges: Sequence[tuple[str, str]]
     special: Mapping[str, int]
     """Tokens found before anything else and hidden when decoding, with their ids."""
@@ -47,8 +47,7 @@ def save(folder: Path, words: Words, *, context: int, template: str | None) -> N
     from tokenizers import AddedToken, Tokenizer, decoders, normalizers
     from tokenizers.models import BPE
 
-    vocab = {token: i for i, token in enumerate(words.tokens)}
-    vocab |= words.special | words.added
+    vocab = {**words.tokens, **words.special, **words.added}
     tokenizer = Tokenizer(BPE(vocab=vocab, merges=list(words.merges)))
     if words.split == "qwen2":
         tokenizer.normalizer = normalizers.NFC()
