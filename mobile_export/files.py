@@ -1,13 +1,24 @@
 """Writing so that a file or folder is either whole under its name or not there at all."""
 
+import errno
 import hashlib
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from mobile_export.errors import ExportError
+
+_DISK_ERRORS = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENOTDIR,
+}
 
 
 def sha256_file(path: Path) -> str:
@@ -89,7 +100,8 @@ def _sweep(path: Path) -> None:
     """Remove temporary folders of `path` whose process is gone; put back one caught in mid-swap."""
     for left in path.parent.glob(f".{path.name}.*.tmp"):
         pid = left.name.removeprefix(f".{path.name}.").split(".")[0]
-        if pid.isdigit() and _alive(int(pid)):
+        # One with our own id is of an earlier process: in a container ids repeat from run to run.
+        if pid.isdigit() and int(pid) != os.getpid() and _alive(int(pid)):
             continue
         if left.name.endswith(".old.tmp") and not path.exists():
             left.rename(path)
@@ -98,7 +110,24 @@ def _sweep(path: Path) -> None:
 
 
 def _alive(pid: int) -> bool:
-    with suppress(ProcessLookupError):
+    try:
         os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
         return True
-    return False
+    return True
+
+
+@contextmanager
+def disk_errors(what: str) -> Iterator[None]:
+    """Turn a disk that is full or not ours to write into one ExportError that names `what`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _DISK_ERRORS:
+            raise
+        reason = os.strerror(error.errno)
+        raise ExportError(
+            f"cannot write {what}: {reason}", "free some space, or choose another place"
+        ) from None

@@ -27,7 +27,7 @@ from mobile_export import console, programs
 from mobile_export.checkpoint import cache
 from mobile_export.checkpoint.folder import weight_files
 from mobile_export.errors import ExportError
-from mobile_export.files import new_folder
+from mobile_export.files import disk_errors, new_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -176,12 +176,8 @@ def _cached(
 
 
 def _store(program: Program, key: str, shared: dict[str, Tensor]) -> Program:
-    try:
-        with new_folder(_folder(key)) as folder:
-            programs.save(program, folder, shared)
-    except OSError as error:
-        hint = "free some space, or set MOBILE_EXPORT_CACHE to a folder on another disk"
-        raise ExportError(f"cannot write to the cache: {error.strerror}", hint) from None
+    with disk_errors("the cache (MOBILE_EXPORT_CACHE)"), new_folder(_folder(key)) as folder:
+        programs.save(program, folder, shared)
     return programs.load(_folder(key), shared)
 
 
