@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from torch.export import ExportedProgram
     from torch.fx import GraphModule, Node
 
@@ -50,3 +51,19 @@ def swap(node: Node, target: Any, args: tuple[Any, ...]) -> Node:
     node.replace_all_uses_with(new)
     node.graph.erase_node(node)
     return new
+
+
+def rotary_tables(program: Program) -> list[Tensor]:
+    """cos and sin fp32 [context, head_dim] of every position, as the program itself computes them."""
+    import torch
+
+    module = editable(program.exported)
+    graph = module.graph
+    graph.set_codegen(torch.fx.graph.CodeGen())
+    rotary = next(node for node in graph.nodes if node.target == torch.ops.mobile.rotary.default)
+    graph.output_node().args = (rotary.args[1:],)
+    tidy(module)
+    caches = [None] * (2 * program.dims.layers)
+    tokens = torch.zeros(1, program.dims.context, dtype=torch.int64)
+    with torch.no_grad():
+        return [table[0] for table in module(tokens, torch.zeros(1, dtype=torch.int64), *caches)]

@@ -1,0 +1,168 @@
+"""ExecuTorch: the program lowered to a `.pte` for XNNPACK and the stock LLM runner of Android and iOS."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mobile_export.files import write_file
+from mobile_export.targets.executorch_graph import every_position, executorch_module
+from mobile_export.types import Dims, Program
+
+if TYPE_CHECKING:
+    import numpy as np
+    from executorch.exir import EdgeCompileConfig
+    from torch.export import ExportedProgram
+
+    from mobile_export.recipe import ExecuTorch as Options
+
+
+def lower(program: Program, options: Options, constants: dict[str, Any], out: Path) -> dict[str, int]:
+    """Write the `.pte`; returns how often each op is called outside the delegate.
+
+    `constants` become constant methods (name -> int or list of int) beside those that the stock
+    runner needs and the program itself knows.
+    """
+    from executorch.exir import EdgeProgramManager, ExecutorchBackendConfig
+    from executorch.exir.passes import MemoryPlanningPass
+
+    edge, config = _lower_forward(_export(program))
+    outside = _outside(edge)
+    methods = {"forward": edge}
+    if options.all_logits:
+        methods["forward_all"] = every_position(edge)
+    manager = EdgeProgramManager(methods, {**_constants(program.dims), **constants}, config)
+    planning = MemoryPlanningPass(alloc_graph_input=False)
+    backend = ExecutorchBackendConfig(extract_delegate_segments=True, memory_planning_pass=planning)
+    write_file(out, manager.to_executorch(backend).buffer)
+    return outside
+
+
+def _lower_forward(exported: ExportedProgram) -> tuple[ExportedProgram, EdgeCompileConfig]:
+    """The edge program with its XNNPACK delegates.
+
+    `to_edge_transform_and_lower` would decompose the whole graph once more for each partitioner.
+    """
+    import torch
+    from executorch.exir import EdgeCompileConfig, to_edge
+
+    linear = torch.ops.aten.linear.default
+    config = EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True, preserve_ops=[linear])
+    edge = to_edge(exported, compile_config=config).to_backend(_partitioner())
+    return edge.exported_program(), config
+
+
+def _export(program: Program) -> ExportedProgram:
+    import executorch.kernels.quantized  # registers quantized_decomposed's out variants
+    import torch
+    from executorch.extension.llm.custom_ops import custom_ops  # registers llama::*
+
+    assert executorch.kernels.quantized and custom_ops
+    sample = min(8, program.dims.context)
+    length = torch.export.Dim("length", min=1, max=program.dims.context) if sample > 1 else None
+    inputs = (torch.zeros(1, sample, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
+    with torch.no_grad():
+        return torch.export.export(
+            executorch_module(program),
+            inputs,
+            dynamic_shapes={"tokens": {1: length}, "start": None},
+            strict=False,
+        )
+
+
+def _partitioner() -> Any:
+    """XNNPACK's partitioner, without the passes and decomposition rounds that this graph has no use for.
+
+    The stock one lowers each dynamically quantized linear alone (267 delegates for 24 layers) and
+    runs 17 graph passes over each; here one partition spans from attention to attention.
+    """
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.exir.backend.canonical_partitioners.config_partitioner import ConfigerationBasedPartitioner
+    from executorch.exir.backend.canonical_partitioners.pattern_op_partitioner import (
+        generate_partitions_from_list_of_nodes,
+    )
+    from executorch.exir.backend.compile_spec_schema import CompileSpec
+    from executorch.exir.backend.partitioner import DelegationSpec, PartitionResult
+
+    class Partitioner(XnnpackPartitioner):
+        def __init__(self) -> None:
+            super().__init__()
+            self.delegation_spec = DelegationSpec("XnnpackBackend", [CompileSpec("dqlinear_partitioner", b"")])
+
+        def generate_partitions(self, ep: ExportedProgram) -> list[Any]:
+            groups = self.get_matched_nodes_from_configs(ep)
+            return generate_partitions_from_list_of_nodes(ep.graph_module, groups)
+
+        def partition(self, exported_program: ExportedProgram) -> PartitionResult:
+            return ConfigerationBasedPartitioner.partition(self, exported_program)
+
+    return Partitioner()
+
+
+def _constants(dims: Dims) -> dict[str, Any]:
+    """What the stock runner asks the program (get_max_seq_len and get_max_context_len must be equal)."""
+    return {
+        "get_max_seq_len": dims.context,
+        "get_max_context_len": dims.context,
+        "get_vocab_size": dims.vocab,
+        "get_n_layers": dims.layers,
+        "use_kv_cache": True,
+        "use_sdpa_with_kv_cache": True,
+        "enable_dynamic_shape": True,
+    }
+
+
+def _outside(edge: ExportedProgram) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for node in edge.graph.nodes:
+        if node.op == "call_function":
+            name = getattr(node.target, "__name__", str(node.target))
+            counts[name] = counts.get(name, 0) + 1
+    return dict(sorted(counts.items()))
+
+
+class PteRunner:
+    """Runs a `.pte` in the real ExecuTorch runtime."""
+
+    def __init__(self, artifact: Path, *, threads: int | None = None) -> None:
+        import executorch.kernels.quantized
+        from executorch.extension.llm.custom_ops import custom_ops
+        from executorch.extension.pybindings.portable_lib import _unsafe_reset_threadpool
+        from executorch.runtime import Runtime
+
+        assert executorch.kernels.quantized and custom_ops  # both register kernels
+        if threads is not None:
+            _unsafe_reset_threadpool(threads)
+        self.program = Runtime.get().load_program(artifact)
+        self.forward = self.program.load_method("forward")
+        self.all_logits: Any = None
+        self.context = self._constant("get_max_context_len")
+        self.vocab = self._constant("get_vocab_size")
+
+    def last_logits(self, tokens: Sequence[int], start: int) -> np.ndarray:
+        """fp32 [vocab], by the method that devices run."""
+        return self._run(self.forward, tokens, start)[-1]
+
+    def logits(self, tokens: Sequence[int], start: int) -> np.ndarray:
+        """fp32 [S, vocab], by `forward_all`, whose KV cache is its own."""
+        if self.all_logits is None:
+            self.all_logits = self.program.load_method("forward_all")
+        return self._run(self.all_logits, tokens, start)
+
+    def reset(self) -> None:
+        """Nothing to do: attention reads only what was written since position 0."""
+
+    def _run(self, method: Any, tokens: Sequence[int], start: int) -> np.ndarray:
+        import torch
+
+        inputs = (torch.tensor([list(tokens)]), torch.tensor([start]))
+        return method.execute(inputs)[0][0].numpy()
+
+    def _constant(self, name: str) -> int:
+        return int(self.program.load_method(name).execute(())[0])
+
+
+def open(artifact: Path) -> PteRunner:  # noqa: A001
+    """A runner over the `.pte`."""
+    return PteRunner(artifact)
