@@ -44,22 +44,27 @@ def say(line: str) -> None:
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Print a table of results; piped, plain aligned lines that are never wrapped or cut."""
+    """Print a table of results; piped, plain aligned lines that are never wrapped or cut.
+
+    An empty title, or columns without names, take no line.
+    """
     console = _results()
     cells = [[str(cell) for cell in row] for row in rows]
     if console.is_terminal:
         from rich.table import Table
         from rich.text import Text
 
-        drawn = Table(title=Text(title), title_justify="left", box=None, pad_edge=False)
+        named = any(columns)
+        drawn = Table(title=Text(title) if title else None, title_justify="left", show_header=named, box=None)
         for column in columns:
             drawn.add_column(Text(column), overflow="fold")
         for row in cells:
             drawn.add_row(*map(Text, row))
         console.print(drawn)
         return
-    say(title)
-    lines = [list(columns), *cells]
+    if title:
+        say(title)
+    lines = [list(columns), *cells] if any(columns) else cells
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for line in lines:
         say("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())

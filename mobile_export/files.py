@@ -18,6 +18,7 @@ _DISK_ERRORS = {
     errno.EACCES,
     errno.EPERM,
     errno.ENOTDIR,
+    errno.EEXIST,
 }
 
 

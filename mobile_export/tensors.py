@@ -7,10 +7,13 @@ Format: https://huggingface.co/docs/safetensors (8 bytes header length, JSON hea
 from __future__ import annotations
 
 import json
+import math
 import mmap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 from mobile_export.errors import ExportError
 
@@ -20,6 +23,8 @@ if TYPE_CHECKING:
 
 _LINE = 64
 """Bytes in a cache line, and the alignment of torch's own allocations."""
+_LONGEST_HEADER = 100_000_000
+"""The limit of the safetensors library."""
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -51,41 +56,65 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 def map_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a file, copy-on-write: writing to one changes memory, never the file.
 
-    ExportError when the file is cut short or its header does not describe it.
+    ExportError when the file is cut short, or its header does not describe it.
     """
-    try:
-        return _map(path)
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise ExportError(f"'{path.name}' is not a whole safetensors file", "get it again") from None
-
-
-def _map(path: Path) -> dict[str, Tensor]:
     import torch
 
+    header = read_header(path)
+    dtypes = _dtypes()
+    if strange := sorted({entry.dtype for entry in header.values()} - dtypes.keys()):
+        raise ExportError(f"'{path.name}' has tensors of type {strange[0]}", "save them as F32, F16 or BF16")
     with path.open("rb") as file:
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    start = 8 + int.from_bytes(data[:8], "little")
-    if start > len(data):
-        raise ValueError("header past the end")
-    tensors: dict[str, torch.Tensor] = {}
-    for name, entry in json.loads(data[8:start]).items():
-        if name == "__metadata__":
-            continue
-        dtype, shape = _dtypes()[entry["dtype"]], entry["shape"]
-        begin, end = entry["data_offsets"]
-        if not 0 <= begin <= end <= len(data) - start:
-            raise ValueError("tensor past the end")
-        count = (end - begin) // dtype.itemsize
-        flat = (
-            torch.frombuffer(data, dtype=dtype, count=count, offset=start + begin)
-            if count
-            else torch.empty(0, dtype=dtype)
-        )
-        try:
-            tensors[name] = flat.reshape(shape)
-        except RuntimeError as error:
-            raise ValueError("shape and size differ") from error
+    tensors = {}
+    for name, entry in header.items():
+        dtype, count = dtypes[entry.dtype], math.prod(entry.shape)
+        if count * dtype.itemsize != entry.end - entry.begin:
+            raise _damaged(path)
+        empty = torch.empty(0, dtype=dtype)
+        flat = torch.frombuffer(data, dtype=dtype, count=count, offset=entry.begin) if count else empty
+        tensors[name] = flat.reshape(entry.shape)
     return tensors
+
+
+class Entry(msgspec.Struct, frozen=True):
+    """Where a tensor is: bytes `[begin, end)` of the file."""
+
+    dtype: str
+    """As safetensors names it, e.g. `F32`."""
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+def read_header(path: Path) -> dict[str, Entry]:
+    """The tensors a file holds, without reading them. ExportError when the header does not fit the file."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = 8 + int.from_bytes(file.read(8), "little")
+        if not 10 <= start <= min(size, _LONGEST_HEADER):
+            raise _damaged(path)
+        text = file.read(start - 8)
+    try:
+        table = json.loads(text)
+        table.pop("__metadata__", None)
+        entries = {name: _entry(one, start) for name, one in table.items()}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise _damaged(path) from None
+    if any(not start <= entry.begin <= entry.end <= size for entry in entries.values()):
+        raise _damaged(path)
+    return entries
+
+
+def _entry(table: dict[str, Any], start: int) -> Entry:
+    begin, end = table["data_offsets"]
+    if any(length < 0 for length in table["shape"]):
+        raise ValueError("negative length")
+    return Entry(str(table["dtype"]), tuple(table["shape"]), start + begin, start + end)
+
+
+def _damaged(path: Path) -> ExportError:
+    return ExportError(f"'{path.name}' is not a whole safetensors file", "get it again")
 
 
 def _dtypes() -> dict[str, torch.dtype]:

@@ -94,3 +94,8 @@ def test_steps_and_bars_nest_on_a_terminal():
     os.close(leader)
     assert done.returncode == 0 and done.stdout == b"result\n"
     assert re.search(r"inner  0\.\d s  peak ", shown) and re.search(r"outer  0\.\d s  peak ", shown)
+
+
+def test_a_table_without_title_and_names_is_its_rows_only(capsys):
+    console.table("", ["", ""], [["a", 1], ["bb", 2]])
+    assert capsys.readouterr().out == "a   1\nbb  2\n"

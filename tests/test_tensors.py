@@ -66,7 +66,7 @@ def test_a_truncated_file_is_refused(tmp_path, tensors, keep):
     [
         b'{"x":{"dtype":"F32","shape":[9],"data_offsets":[0,16]}}',
         b'{"x":{"dtype":"F32","shape":[4],"data_offsets":[-4,12]}}',
-        b'{"x":{"dtype":"WAT","shape":[4],"data_offsets":[0,16]}}',
+        b'{"x":{"dtype":"F32","shape":[-2,-2],"data_offsets":[0,16]}}',
         b'{"x":3}',
         b"[1]",
         b"\xff",
@@ -75,4 +75,11 @@ def test_a_truncated_file_is_refused(tmp_path, tensors, keep):
 def test_a_header_that_does_not_describe_the_file_is_refused(tmp_path, header):
     (tmp_path / "a").write_bytes(len(header).to_bytes(8, "little") + header + bytes(16))
     with pytest.raises(ExportError, match="not a whole safetensors file"):
+        map_tensors(tmp_path / "a")
+
+
+def test_a_type_torch_does_not_have_is_named(tmp_path):
+    header = b'{"x":{"dtype":"WAT","shape":[4],"data_offsets":[0,16]}}'
+    (tmp_path / "a").write_bytes(len(header).to_bytes(8, "little") + header + bytes(16))
+    with pytest.raises(ExportError, match="'a' has tensors of type WAT; save them as"):
         map_tensors(tmp_path / "a")

@@ -1,0 +1,167 @@
+"""What is in a bundle or a file, without executing it."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from mobile_export import bundle, console, pte
+from mobile_export.errors import ExportError
+from mobile_export.manifest import Manifest
+from mobile_export.pte import PteSummary, Value
+from mobile_export.tensors import read_header
+
+
+class Weights(msgspec.Struct, frozen=True):
+    """The tensors of a GGUF or safetensors file."""
+
+    tensors: int
+    parameters: int
+    dtypes: dict[str, int]
+    """Tensors by type."""
+    metadata: dict[str, Any] = {}
+    """A GGUF's short metadata values."""
+
+
+class InspectReport(msgspec.Struct, frozen=True):
+    """What `inspect` found; the parts that do not apply are null."""
+
+    kind: Literal["bundle", "pte", "gguf", "safetensors"]
+    name: str
+    bytes: int
+    manifest: Manifest | None = None
+    program: PteSummary | None = None
+    weights: Weights | None = None
+
+
+def inspect(path: Path) -> InspectReport:
+    """Look into a bundle's folder (every file is verified), a `.pte`, `.gguf` or `.safetensors`.
+
+    Raises ExportError when it is none of these, damaged, or the bundle is not as its manifest says.
+    """
+    if path.is_dir():
+        return _bundle(path)
+    if not path.is_file():
+        raise ExportError(f"there is no file or folder '{path}'", "check the path")
+    size = path.stat().st_size
+    if path.suffix == ".pte":
+        return InspectReport("pte", path.name, size, program=pte.read(path))
+    if path.suffix == ".gguf":
+        return InspectReport("gguf", path.name, size, weights=_gguf(path))
+    if path.suffix == ".safetensors":
+        return InspectReport("safetensors", path.name, size, weights=_safetensors(path))
+    raise ExportError(
+        f"cannot inspect '{path.name}'", "name a bundle's folder, or a .pte, .gguf or .safetensors file"
+    )
+
+
+def _bundle(folder: Path) -> InspectReport:
+    found = bundle.load(folder)
+    bundle.verify(found)
+    program = found.path("program")
+    summary = pte.read(program) if program.suffix == ".pte" else None
+    if summary is not None:
+        for name, value in found.manifest.io.constant_methods.items():
+            if summary.constants.get(name) != value:
+                returned = summary.constants.get(name)
+                message = f"the manifest says that {name} is {value}, and the program returns {returned}"
+                raise ExportError(message, "export it again")
+    return InspectReport("bundle", folder.resolve().name, found.bytes, found.manifest, summary)
+
+
+def _safetensors(path: Path) -> Weights:
+    header = read_header(path).values()
+    return _weights((math.prod(entry.shape), entry.dtype) for entry in header)
+
+
+def _gguf(path: Path) -> Weights:
+    from mobile_export.checkpoint import gguf_file
+
+    reader = gguf_file.read(path)
+    weights = _weights((int(tensor.n_elements), tensor.tensor_type.name) for tensor in reader.tensors)
+    metadata = gguf_file.Metadata(reader)
+    short = {}
+    for key in sorted(reader.fields):
+        for kind in (bool, int, float, str):
+            value = reader.fields[key].contents()
+            if isinstance(value, kind) and len(str(value)) <= 100 and not key.startswith("GGUF."):
+                short[key] = metadata.need(key, kind)
+                break
+    return msgspec.structs.replace(weights, metadata=short)
+
+
+def _weights(tensors: Iterable[tuple[int, str]]) -> Weights:
+    found = list(tensors)
+    kinds = Counter(dtype for _, dtype in found)
+    return Weights(len(found), sum(count for count, _ in found), dict(sorted(kinds.items())))
+
+
+def render(report: InspectReport) -> None:
+    """Print a report for people."""
+    console.say(f"{report.name}  {report.kind}  {console.human_bytes(report.bytes)}")
+    if report.manifest is not None:
+        _render_manifest(report.manifest)
+    if report.program is not None:
+        _render_program(report.program)
+    if report.weights is not None:
+        weights = report.weights
+        rows = [[dtype, count] for dtype, count in weights.dtypes.items()]
+        console.table(
+            f"{weights.tensors} tensors, {weights.parameters:,} parameters", ["type", "tensors"], rows
+        )
+        for key, value in weights.metadata.items():
+            console.say(f"{key}  {value}")
+
+
+def _render_manifest(manifest: Manifest) -> None:
+    model, runtime, io = manifest.model, manifest.runtime, manifest.io
+    facts = {
+        "verified": f"{len(manifest.files)} files are as the manifest says",
+        "for": f"{manifest.platform}, {runtime.name} {runtime.minimum_version} or later",
+        "model": f"{model.name} ({model.family}, {model.license}), from {model.spec}",
+        "model digest": model.digest,
+        "recipe": f"{manifest.recipe.name} ({manifest.recipe.digest[:12]})",
+        "context": f"{io.context} positions, KV cache {io.kv_cache}, vocabulary {io.vocab}",
+        "text": f"apply {io.normalize} before tokenizing" if io.normalize != "none" else "as it is",
+        "kernels": ", ".join([*runtime.backends, *runtime.kernels]) or "portable only",
+        "made with": ", ".join(f"{name} {version}" for name, version in sorted(manifest.tools.items())),
+    }
+    console.table("", ["", ""], list(facts.items()))
+    for note in runtime.notes:
+        console.say(f"note  {note}")
+    files = [
+        [name, console.human_bytes(file.bytes), file.role] for name, file in sorted(manifest.files.items())
+    ]
+    console.table("\nFiles", ["name", "size", "role"], files)
+    if manifest.quality:
+        names = sorted({name for stage in manifest.quality.values() for name in stage})
+        rows = [[stage, *(_short(of.get(name)) for name in names)] for stage, of in manifest.quality.items()]
+        console.table("\nQuality", ["stage", *names], rows)
+
+
+def _render_program(program: PteSummary) -> None:
+    for method in program.methods:
+        console.say(f"\nMethod {method.name}")
+        for word, values in (("in", method.inputs), ("out", method.outputs)):
+            console.say(f"  {word}  " + ", ".join(_shape(value) for value in values))
+        console.say(f"  planned memory  {console.human_bytes(method.planned_bytes)}")
+        rows = [[name, count, "delegate"] for name, count in method.delegates.items()]
+        rows += [[name, count, "outside"] for name, count in method.operators.items()]
+        console.table("", ["call", "times", "where"], rows)
+    constants = [[name, value] for name, value in program.constants.items()]
+    console.table("\nConstant methods", ["name", "returns"], constants)
+    sizes = [[kind, console.human_bytes(size)] for kind, size in program.segments.items()]
+    console.table("\nSegments", ["kind", "size"], sizes)
+
+
+def _shape(value: Value) -> str:
+    return f"{value.dtype} {value.shape}" + (" at most" if value.dynamic else "")
+
+
+def _short(value: Any) -> str:
+    return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
