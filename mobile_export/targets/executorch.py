@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mobile_export.files import write_file
+from mobile_export.pte_share import share_constants
 from mobile_export.targets.executorch_graph import every_position, executorch_module
 from mobile_export.types import Dims, Program
 
@@ -35,7 +36,7 @@ def lower(program: Program, options: Options, constants: dict[str, Any], out: Pa
     manager = EdgeProgramManager(methods, {**_constants(program.dims), **constants}, config)
     planning = MemoryPlanningPass(alloc_graph_input=False)
     backend = ExecutorchBackendConfig(extract_delegate_segments=True, memory_planning_pass=planning)
-    write_file(out, manager.to_executorch(backend).buffer)
+    write_file(out, share_constants(manager.to_executorch(backend).buffer))
     return outside
 
 
@@ -123,44 +124,61 @@ def _outside(edge: ExportedProgram) -> dict[str, int]:
 
 
 class PteRunner:
-    """Runs a `.pte` in the real ExecuTorch runtime."""
+    """Runs a `.pte` in the real ExecuTorch runtime, one method at a time.
+
+    `forward` and `forward_all` have a KV cache each, and the Python runtime lends both the same
+    memory; a change of method mid-sequence loads the other one and feeds it what went before.
+    """
 
     def __init__(self, artifact: Path, *, threads: int | None = None) -> None:
         import executorch.kernels.quantized
         from executorch.extension.llm.custom_ops import custom_ops
         from executorch.extension.pybindings.portable_lib import _unsafe_reset_threadpool
-        from executorch.runtime import Runtime
 
         assert executorch.kernels.quantized and custom_ops  # both register kernels
         if threads is not None:
             _unsafe_reset_threadpool(threads)
-        self.program = Runtime.get().load_program(artifact)
-        self.forward = self.program.load_method("forward")
-        self.all_logits: Any = None
+        self.artifact = artifact
+        self.active = ""
+        self.method: Any = None
+        self.fed: list[int] = []
         self.context = self._constant("get_max_context_len")
         self.vocab = self._constant("get_vocab_size")
 
     def last_logits(self, tokens: Sequence[int], start: int) -> np.ndarray:
         """fp32 [vocab], by the method that devices run."""
-        return self._run(self.forward, tokens, start)[-1]
+        return self._run("forward", tokens, start)[-1]
 
     def logits(self, tokens: Sequence[int], start: int) -> np.ndarray:
-        """fp32 [S, vocab], by `forward_all`, whose KV cache is its own."""
-        if self.all_logits is None:
-            self.all_logits = self.program.load_method("forward_all")
-        return self._run(self.all_logits, tokens, start)
+        """fp32 [S, vocab], by `forward_all`."""
+        return self._run("forward_all", tokens, start)
 
     def reset(self) -> None:
-        """Nothing to do: attention reads only what was written since position 0."""
+        """Forget the sequence: attention reads only what was written since position 0."""
+        self.fed = []
 
-    def _run(self, method: Any, tokens: Sequence[int], start: int) -> np.ndarray:
+    def _run(self, name: str, tokens: Sequence[int], start: int) -> np.ndarray:
+        if name != self.active:
+            self.method, self.active = self._load(name), name
+            if start:
+                self._execute(self.fed[:start], 0)
+        self.fed = [*self.fed[:start], *tokens]
+        return self._execute(tokens, start)
+
+    def _execute(self, tokens: Sequence[int], start: int) -> np.ndarray:
         import torch
 
         inputs = (torch.tensor([list(tokens)]), torch.tensor([start]))
-        return method.execute(inputs)[0][0].numpy()
+        return self.method.execute(inputs)[0][0].numpy()
+
+    def _load(self, name: str) -> Any:
+        from executorch.runtime import Runtime
+
+        self.method = None  # the other method's packed weights go first
+        return Runtime.get().load_program(self.artifact).load_method(name)
 
     def _constant(self, name: str) -> int:
-        return int(self.program.load_method(name).execute(())[0])
+        return int(self._load(name).execute(())[0])
 
 
 def open(artifact: Path) -> PteRunner:  # noqa: A001
