@@ -12,7 +12,7 @@ from mobile_export.types import Checkpoint
 Progress = Callable[[str], None]
 """Called with a line of text at each step that takes seconds."""
 
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
 
 
 def resolve(
@@ -27,32 +27,39 @@ def resolve(
     Raises ExportError when the model is unknown, cannot be fetched, is damaged, needs pickle or
     remote code, or is of a family we cannot export.
     """
-    from mobile_export.checkpoint import catalog, folder, sandbox
+    from mobile_export.checkpoint import catalog, hub
 
     say = progress or _silent
     name = catalog.default_name() if spec is None else spec
-    path = Path(name)
-    if name.startswith(sandbox.PREFIX):
-        checkpoint = sandbox.resolve(name)
-    elif path.is_dir():
-        checkpoint = folder.resolve(path)
-    elif path.is_file():
-        from mobile_export.checkpoint import gguf
-
-        checkpoint = gguf.resolve(path, say)
-    elif name in catalog.names():
+    local = _local(name, say)
+    if local is not None:
+        if revision is not None:
+            raise ExportError("a revision is for hub models only", "leave out --revision, or name a hub id")
+        return local
+    if name in catalog.names():
         return catalog.resolve(name, revision, say)
-    elif path.suffix in (".gguf", ".safetensors") or path.is_absolute() or name.startswith("."):
+    if Path(name).suffix in (".gguf", ".safetensors") or name.startswith(("/", ".", "~")):
         raise ExportError(f"there is no file or folder '{name}'", "check the path")
-    elif HUB_ID.fullmatch(name):
-        from mobile_export.checkpoint import hub
-
+    if _HUB_ID.fullmatch(name):
         return hub.resolve(name, revision, say)
-    else:
-        raise ExportError(f"unknown model '{name}'", nearest(name, catalog.names()))
-    if revision is not None:
-        raise ExportError("a revision is for hub models only", "leave out --revision, or name a hub id")
-    return checkpoint
+    raise ExportError(f"unknown model '{name}'", nearest(name, catalog.names()))
+
+
+def _local(name: str, say: Progress) -> Checkpoint | None:
+    """What is on this machine under that name, or nothing."""
+    from mobile_export.checkpoint import folder, gguf, sandbox
+
+    if name.startswith(sandbox.PREFIX):
+        return sandbox.resolve(name)
+    path = Path(name)
+    try:
+        if not name:
+            return None  # Path("") would be this folder
+        if path.is_dir():
+            return folder.resolve(path)
+        return gguf.resolve(path, say) if path.is_file() else None
+    except OSError as error:
+        raise ExportError(f"cannot read '{name}': {error.strerror}", "check the path") from None
 
 
 def _silent(_: str) -> None: ...

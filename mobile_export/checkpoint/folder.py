@@ -95,8 +95,10 @@ def weight_files(path: Path) -> list[Path]:
     if (path / "model.safetensors").is_file():
         names = ["model.safetensors"]
     elif (path / _INDEX).is_file():
-        shards = read_json(path, _INDEX).get("weight_map")
-        if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+        index = read_json(path, _INDEX)
+        shards = index.get("weight_map")
+        texts = isinstance(shards, dict) and all(isinstance(name, str) for name in shards.values())
+        if not shards or not texts or not isinstance(index.get("metadata"), dict):
             raise ExportError(f"{_INDEX} has no weight map", "it is damaged: copy or download it again")
         names = sorted(set(shards.values()))
     elif any(path.glob("pytorch_model*.bin")) or any(path.glob("*.pt")) or any(path.glob("*.pth")):
@@ -152,7 +154,7 @@ def seal(path: Path) -> None:
 def intact(path: Path) -> bool:
     """Whether a folder of our cache is still what it was when it was sealed."""
     try:
-        return digest(path) == _read_memo(path)["digest"]
+        return bool(digest(path) == _read_memo(path)["digest"])
     except (ExportError, OSError):
         return False
 

@@ -1,15 +1,16 @@
-"""A GGUF file becomes a transformers folder: weights dequantised to fp32, tokenizer and configs from its metadata."""
+"""A GGUF file becomes a transformers folder: weights in fp32, tokenizer and configs from its metadata."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mobile_export.checkpoint import Progress, cache, folder, gguf_tensors, gguf_tokenizer
 from mobile_export.checkpoint.families import Shape, tensor_shapes, write_configs
-from mobile_export.checkpoint.gguf_file import Metadata, check_header, read
+from mobile_export.checkpoint.gguf_file import GET_AGAIN, Metadata, check_header, read
 from mobile_export.checkpoint.weights import write_fp32
 from mobile_export.errors import ExportError
 from mobile_export.files import sha256_file
@@ -79,13 +80,13 @@ def _shape(metadata: Metadata, reader: GGUFReader) -> Shape:
     def number(key: str) -> int:
         return metadata.need(f"{family}.{key}", int)
 
-    heads, hidden = number("attention.head_count"), number("embedding_length")
+    heads, hidden, layers = number("attention.head_count"), number("embedding_length"), number("block_count")
     sizes = {tensor.name: tensor.shape.tolist() for tensor in reader.tensors}
-    if heads < 1 or len(sizes.get("token_embd.weight", [])) != 2:
-        raise ExportError("the GGUF has no embedding or no heads", "use a whole language model")
-    return Shape(
+    if heads < 1 or layers > len(sizes) or len(sizes.get("token_embd.weight", [])) != 2:
+        raise ExportError("the GGUF lacks layers, heads or an embedding", GET_AGAIN)
+    shape = Shape(
         family=family,
-        layers=number("block_count"),
+        layers=layers,
         hidden=hidden,
         intermediate=number("feed_forward_length"),
         heads=heads,
@@ -98,6 +99,10 @@ def _shape(metadata: Metadata, reader: GGUFReader) -> Shape:
         eps=_shortest(metadata.need(f"{family}.attention.layer_norm_rms_epsilon", float)),
         tied=gguf_tensors.tied(reader),
     )
+    sound = isfinite(shape.rope_theta) and isfinite(shape.eps) and min(shape.context, shape.head_dim) > 0
+    if not sound or shape.head_dim % 2 or shape.heads % shape.kv_heads:
+        raise ExportError("the GGUF's sizes do not fit together", GET_AGAIN)
+    return shape
 
 
 def _shortest(value: float) -> float:

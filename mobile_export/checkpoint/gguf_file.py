@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -11,6 +12,8 @@ if TYPE_CHECKING:
     from gguf import GGUFReader
 
 T = TypeVar("T")
+GET_AGAIN = "the file is damaged or was altered: copy or download it again"
+USE_COMMON_TYPE = "use a Q8_0, Q4_K_M or F16 file"
 
 
 def check_header(file: Path) -> None:
@@ -33,11 +36,11 @@ def read(file: Path) -> GGUFReader:
         return GGUFReader(file)
     except (ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError) as error:
         if "GGMLQuantizationType" in str(error):
-            number = str(error).split()[0]
+            number = re.findall(r"\d+", str(error).split(" is not ")[0])[-1]
             raise ExportError(
-                f"'{file.name}' has tensors of unknown type {number}", "use a Q8_0, Q4_K_M or F16 file"
+                f"'{file.name}' has tensors of unknown type {number}", USE_COMMON_TYPE
             ) from None
-        raise ExportError(f"'{file.name}' is damaged or cut short", "copy or download it again") from None
+        raise ExportError(f"'{file.name}' is damaged or cut short", GET_AGAIN) from None
 
 
 class Metadata:
@@ -63,7 +66,7 @@ class Metadata:
         try:
             return None if field is None else field.contents()
         except (ValueError, IndexError, UnicodeDecodeError):
-            raise ExportError(f"the GGUF's '{key}' is damaged", "copy or download the file again") from None
+            raise ExportError(f"the GGUF's '{key}' is damaged", GET_AGAIN) from None
 
 
 def _checked(key: str, value: Any, kind: type[T]) -> T:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from mobile_export.checkpoint.families import Shape
+from mobile_export.checkpoint.gguf_file import GET_AGAIN, USE_COMMON_TYPE
 from mobile_export.errors import ExportError
 
 if TYPE_CHECKING:
@@ -65,14 +66,10 @@ def tensors(
     for name, size in shapes.items():
         tensor = found[names[name]]
         if tuple(reversed(tensor.shape.tolist())) != size:
-            raise ExportError(
-                f"GGUF tensor '{tensor.name}' has the wrong shape", "the file was altered: get it again"
-            )
+            raise ExportError(f"GGUF tensor '{tensor.name}' has the wrong shape", GET_AGAIN)
         values = _fp32(tensor)
         if not np.isfinite(values).all():
-            raise ExportError(
-                f"GGUF tensor '{tensor.name}' is not finite", "the file is damaged: get it again"
-            )
+            raise ExportError(f"GGUF tensor '{tensor.name}' is not finite", GET_AGAIN)
         if shape.family == "llama" and name.endswith(("q_proj.weight", "k_proj.weight")):
             values = _unpermute(values, shape.head_dim)
         yield name, np.ascontiguousarray(values)
@@ -107,9 +104,7 @@ def _fp32(tensor: ReaderTensor, step: int = 1) -> np.ndarray:
         return gguf.dequantize(tensor.data[::step], tensor.tensor_type)
     except NotImplementedError:
         kind = tensor.tensor_type.name
-        raise ExportError(
-            f"GGUF tensors of type {kind} cannot be read", "use a Q8_0, Q4_K_M or F16 file"
-        ) from None
+        raise ExportError(f"GGUF tensors of type {kind} cannot be read", USE_COMMON_TYPE) from None
 
 
 def _unpermute(weight: np.ndarray, head_dim: int) -> np.ndarray:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mobile_export.checkpoint import tokenizer
 from mobile_export.checkpoint.families import Shape
-from mobile_export.checkpoint.gguf_file import Metadata
+from mobile_export.checkpoint.gguf_file import GET_AGAIN, Metadata
 from mobile_export.errors import ExportError
 
 _CONTROL, _USER_DEFINED, _UNUSED = 3, 4, 5
@@ -31,25 +31,24 @@ def write(metadata: Metadata, out: Path, shape: Shape) -> Ids:
 
     Raises ExportError for a tokenizer that is not byte-level BPE with a known way of cutting text.
     """
-    tokens = metadata.need("tokenizer.ggml.tokens", list)
-    kinds = metadata.need("tokenizer.ggml.token_type", list)
-    if len(tokens) != len(kinds) or len(tokens) > shape.vocab:
-        raise ExportError(
-            "the GGUF's vocabulary does not fit its embedding", "the file was altered: get it again"
-        )
+    tokens, kinds = _vocabulary(metadata, shape)
     ids = Ids(
         bos=_id(metadata, "bos_token_id", tokens),
         eos=_eos(metadata, tokens, kinds),
         pad=_id(metadata, "padding_token_id", tokens),
     )
-    add_bos = bool(metadata.get("tokenizer.ggml.add_bos_token", bool))
+    split = _split(metadata)
+    add_bos = metadata.get("tokenizer.ggml.add_bos_token", bool)
+    if add_bos is None:
+        add_bos = split == "llama-bpe"  # Llama 3 files leave it out and mean yes
+    used = {token: i for i, token in enumerate(tokens) if kinds[i] != _UNUSED}
     words = tokenizer.Words(
-        tokens={token: i for i, token in enumerate(tokens) if kinds[i] != _UNUSED},
-        merges=_merges(metadata),
-        special={token: i for i, token in enumerate(tokens) if kinds[i] == _CONTROL},
-        added={token: i for i, token in enumerate(tokens) if kinds[i] == _USER_DEFINED},
-        split=_split(metadata),
-        # A model that does not add its bos has none to speak of: Qwen's own files say null.
+        tokens=used,
+        merges=_merges(metadata, used),
+        special={token: i for token, i in used.items() if kinds[i] == _CONTROL},
+        added={token: i for token, i in used.items() if kinds[i] == _USER_DEFINED},
+        split=split,
+        # A Qwen model does not add its bos, and its authors' files say it has none.
         bos=tokens[ids.bos] if ids.bos is not None and (add_bos or shape.family == "llama") else None,
         eos=tokens[ids.eos[0]] if ids.eos else None,
         pad=None if ids.pad is None else tokens[ids.pad],
@@ -57,6 +56,15 @@ def write(metadata: Metadata, out: Path, shape: Shape) -> Ids:
     )
     tokenizer.save(out, words, context=shape.context, template=metadata.get("tokenizer.chat_template", str))
     return ids
+
+
+def _vocabulary(metadata: Metadata, shape: Shape) -> tuple[list[str], list[int]]:
+    tokens = metadata.need("tokenizer.ggml.tokens", list)
+    kinds = metadata.need("tokenizer.ggml.token_type", list)
+    fits = len(tokens) == len(kinds) and len(set(map(str, tokens))) == len(tokens) <= shape.vocab
+    if not fits or not all(isinstance(token, str) for token in tokens):
+        raise ExportError("the GGUF's vocabulary does not fit its embedding", GET_AGAIN)
+    return tokens, kinds
 
 
 def _split(metadata: Metadata) -> str:
@@ -75,19 +83,20 @@ def _split(metadata: Metadata) -> str:
     return split
 
 
-def _merges(metadata: Metadata) -> list[tuple[str, str]]:
-    merges = [tuple(merge.split(" ")) for merge in metadata.need("tokenizer.ggml.merges", list)]
-    if any(len(merge) != 2 for merge in merges):
-        raise ExportError("the GGUF's merges are damaged", "copy or download the file again")
+def _merges(metadata: Metadata, vocab: dict[str, int]) -> list[tuple[str, str]]:
+    merges = []
+    for merge in metadata.need("tokenizer.ggml.merges", list):
+        left, _, right = str(merge).partition(" ")
+        if not {left, right, left + right} <= vocab.keys():
+            raise ExportError("the GGUF's merges do not fit its vocabulary", GET_AGAIN)
+        merges.append((left, right))
     return merges
 
 
 def _id(metadata: Metadata, key: str, tokens: list[str]) -> int | None:
     value = metadata.get(f"tokenizer.ggml.{key}", int)
     if value is not None and not 0 <= value < len(tokens):
-        raise ExportError(
-            f"the GGUF's '{key}' is not in its vocabulary", "the file was altered: get it again"
-        )
+        raise ExportError(f"the GGUF's '{key}' is not in its vocabulary", GET_AGAIN)
     return value
 
 

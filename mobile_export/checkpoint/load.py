@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from mobile_export.checkpoint.folder import read_json
@@ -21,10 +23,9 @@ def load_model(checkpoint: Checkpoint, *, attention: str = "eager") -> PreTraine
     TasksManager. Raises ExportError when weights are damaged, missing, left over or misshapen.
     """
     import torch
-    from safetensors import SafetensorError
 
     _quiet()
-    try:
+    with _blame("model", checkpoint):
         model, info = model_class(checkpoint.family).from_pretrained(
             checkpoint.folder,
             dtype=torch.float32,
@@ -32,13 +33,9 @@ def load_model(checkpoint: Checkpoint, *, attention: str = "eager") -> PreTraine
             use_safetensors=True,
             local_files_only=True,
             trust_remote_code=False,
+            ignore_mismatched_sizes=True,  # so that the check below can name them
             output_loading_info=True,
         )
-    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[0].replace(str(checkpoint.folder), checkpoint.name)
-        raise ExportError(
-            f"cannot load '{checkpoint.name}': {reason}", "the model is damaged: get it again"
-        ) from None
     _check_loading(checkpoint, info)
     model = model.eval().requires_grad_(False)
     if model.config.tie_word_embeddings:
@@ -51,9 +48,10 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerFast:
     """The tokenizer exactly as tokenizer.json has it (what a device reads too), with its chat template."""
     from transformers import PreTrainedTokenizerFast
 
-    return PreTrainedTokenizerFast.from_pretrained(
-        checkpoint.folder, local_files_only=True, trust_remote_code=False
-    )
+    with _blame("tokenizer", checkpoint):
+        return PreTrainedTokenizerFast.from_pretrained(
+            checkpoint.folder, local_files_only=True, trust_remote_code=False
+        )
 
 
 def eos_ids(checkpoint: Checkpoint) -> list[int]:
@@ -75,15 +73,22 @@ def model_class(family: str) -> Any:
     )
 
 
+@contextmanager
+def _blame(part: str, checkpoint: Checkpoint) -> Iterator[None]:
+    """Files that are not what they say make transformers raise anything at all: all are the model's fault."""
+    try:
+        yield
+    except Exception as error:
+        reason = (str(error).splitlines() or [""])[0].replace(str(checkpoint.folder), checkpoint.name)
+        message = f"cannot load the {part} of '{checkpoint.name}': {type(error).__name__}: {reason}"
+        raise ExportError(message, "the model is damaged: get it again") from error
+
+
 def _check_loading(checkpoint: Checkpoint, info: dict[str, Any]) -> None:
-    for kind, word in (
-        ("missing_keys", "missing"),
-        ("mismatched_keys", "misshapen"),
-        ("unexpected_keys", "left over"),
-    ):
-        if info.get(kind):
-            first = sorted(str(key) for key in info[kind])[0]
-            message = f"weights of '{checkpoint.name}' are {word}: {len(info[kind])}, e.g. {first}"
+    for word in ("mismatched", "missing", "unexpected"):
+        if keys := info[f"{word}_keys"]:
+            first = sorted(key if isinstance(key, str) else key[0] for key in keys)[0]
+            message = f"'{checkpoint.name}' has {len(keys)} {word} weights, e.g. {first}"
             raise ExportError(
                 message, "config.json and the weights do not belong together: get the model again"
             )

@@ -5,8 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mobile_export.checkpoint.families import write_json
+
+if TYPE_CHECKING:
+    from tokenizers.pre_tokenizers import PreTokenizer
+    from tokenizers.processors import PostProcessor
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
@@ -60,7 +65,8 @@ def save(folder: Path, words: Words, *, context: int, template: str | None) -> N
     )
     if words.add_bos and words.bos:
         tokenizer.post_processor = _prepend(words.bos, vocab[words.bos])
-    tokenizer.save(str(folder / "tokenizer.json"))
+    # tokenizer.save() would hide why a write failed.
+    (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), "utf-8")
     write_json(folder / "tokenizer_config.json", _config(words, context))
     if template is not None:
         (folder / "chat_template.jinja").write_text(template, "utf-8")
@@ -81,7 +87,7 @@ def _config(words: Words, context: int) -> dict[str, object]:
     }
 
 
-def _pre_tokenizer(split: str):  # noqa: ANN202 - a tokenizers type, imported here only
+def _pre_tokenizer(split: str) -> PreTokenizer:
     from tokenizers import Regex
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence, Split
 
@@ -93,7 +99,7 @@ def _pre_tokenizer(split: str):  # noqa: ANN202 - a tokenizers type, imported he
     return Sequence([Split(pattern, "isolated"), ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
-def _prepend(bos: str, id_: int):  # noqa: ANN202
+def _prepend(bos: str, id_: int) -> PostProcessor:
     from tokenizers.processors import TemplateProcessing
 
     return TemplateProcessing(single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, id_)])

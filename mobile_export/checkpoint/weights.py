@@ -16,6 +16,8 @@ def write_fp32(
     path: Path, shapes: Mapping[str, tuple[int, ...]], tensors: Iterator[tuple[str, np.ndarray]]
 ) -> None:
     """Write fp32 `tensors`, which come in the order and with the sizes of `shapes`."""
+    import numpy as np
+
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, shape in shapes.items():
@@ -28,4 +30,4 @@ def write_fp32(
         file.write(len(text).to_bytes(8, "little") + text)
         for (name, shape), (given, tensor) in zip(shapes.items(), tensors, strict=True):
             assert name == given and tensor.shape == shape and tensor.dtype == "float32", (name, tensor.shape)
-            tensor.tofile(file)
+            file.write(np.ascontiguousarray(tensor).data)  # tofile hides why a write failed

