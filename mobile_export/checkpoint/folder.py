@@ -176,7 +176,7 @@ def _stamp(file: Path) -> str:
 def license_of(path: Path) -> str:
     """The SPDX id in the model card's front matter, or `unknown`."""
     card = path / "README.md"
-    if not card.is_file() or card.is_symlink():
+    if not card.is_file() or _escapes(path, card.name):
         return "unknown"
     found = re.match(r"---\n(?:.*\n)*?license:\s*([\w.+-]+)\s*\n", card.read_text("utf-8", "replace"))
     return _SPDX.get(found[1].lower(), found[1]) if found else "unknown"
@@ -191,9 +191,13 @@ def _refuse_code(config: dict[str, Any], name: str) -> None:
 
 
 def _refuse_escape(folder: Path, name: str) -> None:
+    if _escapes(folder, name):
+        raise ExportError(f"'{name}' leads out of its folder", "do not use this model: it was altered")
+
+
+def _escapes(folder: Path, name: str) -> bool:
     """A link may lead to the folder itself, or to the blobs of the hub's cache that it belongs to."""
     root = folder.resolve()
     target = (folder / name).resolve()
     blobs = root.parent.parent / "blobs" if root.parent.name == "snapshots" else root
-    if not (target.is_relative_to(root) or target.is_relative_to(blobs)):
-        raise ExportError(f"'{name}' leads out of its folder", "do not use this model: it was altered")
+    return not (target.is_relative_to(root) or target.is_relative_to(blobs))

@@ -10,8 +10,9 @@ import sys
 from argparse import ArgumentParser
 from pathlib import Path
 
-from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
-from optimum.commands.export.base import ExportCommand
+# Only optimum imports this file, when it is loaded already.
+from optimum.commands.base import BaseOptimumCLICommand, CommandInfo  # noqa: TID253
+from optimum.commands.export.base import ExportCommand  # noqa: TID253
 
 
 class MobileExportCommand(BaseOptimumCLICommand):
@@ -22,8 +23,12 @@ class MobileExportCommand(BaseOptimumCLICommand):
     @staticmethod
     def parse_args(parser: ArgumentParser) -> None:
         """The options of `mobile-export android`."""
-        parser.add_argument("--platform", required=True, choices=["android"], help="Where the model will run.")
-        parser.add_argument("--model", "-m", help="Name, hub id, folder or GGUF file. Default: the catalog's.")
+        parser.add_argument(
+            "--platform", required=True, choices=["android"], help="Where the model will run."
+        )
+        parser.add_argument(
+            "--model", "-m", help="Name, hub id, folder or GGUF file. Default: the catalog's."
+        )
         parser.add_argument("--recipe", default="int8", help="Recipe by name, or a TOML file. Default: int8.")
         parser.add_argument("--context", type=int, help="Positions in the KV cache. Default: the recipe's.")
         parser.add_argument("--out", type=Path, help="Folder of the bundle. Default: dist/MODEL/PLATFORM.")
