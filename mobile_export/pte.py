@@ -16,6 +16,7 @@ from typing import Any
 import msgspec
 
 from mobile_export.errors import ExportError
+from mobile_export.flatbuffer import Table
 
 _DTYPES = {
     0: "uint8",
@@ -63,7 +64,10 @@ class PteSummary(msgspec.Struct, frozen=True):
     constants: dict[str, Any]
     """Constant methods and what they return."""
     segments: dict[str, int]
-    """Bytes by kind: program, constants, mutable, delegates, named data."""
+    """Bytes in the file by kind: program, constants, mutable, delegates, named data.
+
+    `shared` are not in the file again: bytes that one segment reads from within another.
+    """
     named_data: int
     """Blobs that methods and delegates share by name."""
 
@@ -80,7 +84,7 @@ def read(path: Path) -> PteSummary:
 
 
 def _summary(data: mmap.mmap) -> PteSummary:
-    program = _Table(data, _u32(data, 0))
+    program = Table.root(data)
     methods, constants = [], {}
     for plan in program.tables(1):
         name, values = plan.text(0), list(plan.tables(2))
@@ -106,7 +110,7 @@ def _summary(data: mmap.mmap) -> PteSummary:
     return PteSummary(methods, constants, _segments(data, program, named), len(named))
 
 
-def _segments(data: mmap.mmap, program: _Table, named: list[_Table]) -> dict[str, int]:
+def _segments(data: mmap.mmap, program: Table, named: list[Table]) -> dict[str, int]:
     sizes: Counter[str] = Counter(program=len(data))
     header = data[8:12] == b"eh00"
     if not header:
@@ -118,15 +122,19 @@ def _segments(data: mmap.mmap, program: _Table, named: list[_Table]) -> dict[str
     for table in program.tables(6):
         kinds[table.number(0, "I")] = "mutable"
     sizes["program"] = program_size
-    for index, segment in enumerate(program.tables(4)):
-        offset, size = segment.number(0, "Q"), segment.number(1, "Q")
+    described = [(one.number(0, "Q"), one.number(1, "Q"), at) for at, one in enumerate(program.tables(4))]
+    end = 0
+    for offset, size, index in sorted(described, key=lambda one: (one[0], -one[1])):
         if base + offset + size > len(data):
             raise ValueError("segment past the end")
-        sizes[kinds.get(index, "delegates")] += size
-    return dict(sizes)
+        fresh = max(0, offset + size - max(end, offset))
+        sizes[kinds.get(index, "delegates")] += fresh
+        sizes["shared"] += size - fresh
+        end = max(end, offset + size)
+    return {kind: size for kind, size in sizes.items() if size}
 
 
-def _called(instructions: list[_Table], kind: int) -> Iterator[int]:
+def _called(instructions: list[Table], kind: int) -> Iterator[int]:
     for instruction in instructions:
         call = instruction.table(1)
         if instruction.number(0, "B") == kind and call:
@@ -137,12 +145,12 @@ def _count(names: Iterator[str]) -> dict[str, int]:
     return dict(sorted(Counter(names).items(), key=lambda item: (-item[1], item[0])))
 
 
-def _operator(table: _Table) -> str:
+def _operator(table: Table) -> str:
     name, overload = table.text(0), table.text(1)
     return f"{name}.{overload}" if overload else name
 
 
-def _value(value: _Table) -> Value:
+def _value(value: Table) -> Value:
     kind, content = value.number(0, "B"), value.table(1)
     if kind != _TENSOR or content is None:
         return Value({_INT: "int", _BOOL: "bool", _DOUBLE: "float", _STRING: "text"}.get(kind, "other"), [])
@@ -150,7 +158,7 @@ def _value(value: _Table) -> Value:
     return Value(_DTYPES.get(dtype, f"type {dtype}"), content.numbers(2, "i"), content.number(8, "b") != 0)
 
 
-def _constant(value: _Table) -> Any:
+def _constant(value: Table) -> Any:
     kind, content = value.number(0, "B"), value.table(1)
     if content is None:
         return None
@@ -161,56 +169,3 @@ def _constant(value: _Table) -> Any:
     if kind in (_INT, _DOUBLE):
         return content.number(0, "q" if kind == _INT else "d")
     return msgspec.to_builtins(_value(value))
-
-
-class _Table:
-    """A flatbuffers table: https://flatbuffers.dev/internals."""
-
-    def __init__(self, data: mmap.mmap, position: int) -> None:
-        self.data, self.position = data, position
-        self.fields = position - struct.unpack_from("<i", data, position)[0]
-
-    def _at(self, slot: int) -> int:
-        """Where a field is, or 0 when the file does not have it."""
-        size = _u16(self.data, self.fields)
-        offset = 4 + 2 * slot
-        inside = _u16(self.data, self.fields + offset) if offset < size else 0
-        return self.position + inside if inside else 0
-
-    def number(self, slot: int, code: str) -> Any:
-        at = self._at(slot)
-        return struct.unpack_from("<" + code, self.data, at)[0] if at else 0
-
-    def table(self, slot: int) -> _Table | None:
-        at = self._at(slot)
-        return _Table(self.data, at + _u32(self.data, at)) if at else None
-
-    def text(self, slot: int) -> str:
-        start, length = self._vector(slot)
-        return self.data[start : start + length].decode() if length else ""
-
-    def numbers(self, slot: int, code: str) -> list[Any]:
-        start, length = self._vector(slot)
-        return list(struct.unpack_from(f"<{length}{code}", self.data, start)) if length else []
-
-    def tables(self, slot: int) -> Iterator[_Table]:
-        for at, offset in enumerate(self.numbers(slot, "I")):
-            yield _Table(self.data, self._vector(slot)[0] + 4 * at + offset)
-
-    def _vector(self, slot: int) -> tuple[int, int]:
-        at = self._at(slot)
-        if not at:
-            return 0, 0
-        start = at + _u32(self.data, at)
-        length = _u32(self.data, start)
-        if start + 4 + length > len(self.data):
-            raise ValueError("vector past the end")
-        return start + 4, length
-
-
-def _u16(data: mmap.mmap, at: int) -> int:
-    return int(struct.unpack_from("<H", data, at)[0])
-
-
-def _u32(data: mmap.mmap, at: int) -> int:
-    return int(struct.unpack_from("<I", data, at)[0])

@@ -71,6 +71,7 @@ def test_a_pte_as_executorchs_own_deserialiser_reads_it(program):
     assert method.inputs == [Value("fp32", [4, 8], True)]
     assert ours.constants == CONSTANTS
     assert sum(ours.segments.values()) - ours.segments["program"] == sum(one.size for one in theirs.segments)
+    assert "shared" not in ours.segments
     assert ours.named_data == len(theirs.named_data) > 0
 
 
