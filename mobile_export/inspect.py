@@ -67,8 +67,8 @@ def _bundle(folder: Path) -> InspectReport:
     summary = pte.read(program) if program.suffix == ".pte" else None
     if summary is not None:
         for name, value in found.manifest.io.constant_methods.items():
-            if summary.constants.get(name) != value:
-                returned = summary.constants.get(name)
+            returned = summary.constants.get(name)
+            if returned != value and [returned] != value:  # a list of one is a single value in the file
                 message = f"the manifest says that {name} is {value}, and the program returns {returned}"
                 raise ExportError(message, "export it again")
     return InspectReport("bundle", folder.resolve().name, found.bytes, found.manifest, summary)
