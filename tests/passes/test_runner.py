@@ -1,11 +1,13 @@
 import importlib.util
 import os
+import sys
 from dataclasses import replace
 
 import msgspec
 import pytest
 import torch
 
+import mobile_export
 from mobile_export import checkpoint, passes, programs
 from mobile_export.errors import ExportError
 from mobile_export.passes import PASSES, runner
@@ -95,24 +97,28 @@ def test_only_what_a_pass_reads_makes_it_run_again(model):
     assert runner.keys_of(model, RECIPE, (Rename("c"), Rename("b")))[1] != keys[1]
 
 
-def test_the_code_of_a_pass_and_of_what_it_imports_is_in_its_key(tmp_path, monkeypatch):
-    def version(source):
-        path = tmp_path / "one.py"
-        path.write_text(source)
-        spec = importlib.util.spec_from_file_location("one", path)
-        module = importlib.util.module_from_spec(spec)
-        monkeypatch.setitem(os.sys.modules, "one", module)
-        spec.loader.exec_module(module)
-        return runner.code_version(module.One)
+def test_the_code_of_a_pass_and_of_all_it_imports_is_in_its_key(tmp_path, monkeypatch):
+    sources = {
+        "one": "class One:\n    def run(self):\n        from mobile_export.two import deep\n",
+        "two/__init__": "from mobile_export import three\nimport json\n",
+        "three": "import mobile_export.one\n",
+        "other": "",
+    }
+    monkeypatch.setattr(mobile_export, "__file__", str(tmp_path / "__init__.py"))
+    (tmp_path / "two").mkdir()
+    for name, source in sources.items():
+        (tmp_path / f"{name}.py").write_text(source)
+    spec = importlib.util.spec_from_file_location("one", tmp_path / "one.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "one", module)
+    spec.loader.exec_module(module)
 
-    plain = version("class One: pass\n")
-    assert version("class One: pass\n") == plain
-    assert version("class One: x = 1\n") != plain
-    inner = "class One:\n    def run(self):\n        from mobile_export import dialect\n"
-    names = {path.name for path in runner._imports(inner.encode())}
-    assert "dialect.py" in names
-    trace = version("from mobile_export.passes.trace import Trace\nclass One: pass\n")
-    assert trace != version("from mobile_export.errors import ExportError\nclass One: pass\n")
+    def changed(name):
+        before = runner.code_version(module.One)
+        (tmp_path / f"{name}.py").write_text(sources[name] + "# changed\n")
+        return runner.code_version(module.One) != before
+
+    assert [changed(name) for name in sources] == [True, True, True, False]
 
 
 @pytest.mark.parametrize("in_check", [False, True])
