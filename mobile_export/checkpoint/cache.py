@@ -1,16 +1,12 @@
 """Where fetched and converted models live."""
 
-import errno
 import fcntl
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from mobile_export.errors import ExportError
-from mobile_export.files import new_folder
-
-_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
+from mobile_export.files import disk_errors, new_folder
 
 
 def root() -> Path:
@@ -47,14 +43,9 @@ def lock(name: str) -> Iterator[None]:
     The system lets go of it when the process ends, however it ends. A cache that cannot be
     written (full disk, no permission) becomes an ExportError.
     """
-    try:
+    with disk_errors("the model cache (MOBILE_EXPORT_CACHE)"):
         folder = root() / "locks"
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / name).open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
-    except OSError as error:
-        if error.errno not in _DISK:
-            raise
-        hint = "free some space, or set MOBILE_EXPORT_CACHE to a folder you can write to"
-        raise ExportError(f"cannot write to the model cache: {error.strerror}", hint) from None

@@ -1,6 +1,9 @@
 import json
 import random
 import shutil
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -105,6 +108,26 @@ def test_interrupted_conversion_leaves_nothing(sandbox, write_gguf, cache):
         resolve(str(path), progress=interrupt)
     assert sorted((cache / "checkpoints").iterdir()) == before
     assert resolve(str(path)).model() is not None
+
+
+KILLED = """
+import os, signal, sys
+from mobile_export.checkpoint import resolve
+def die(line):
+    if line.startswith("dequantising"):
+        os.kill(os.getpid(), signal.SIGKILL)
+resolve(sys.argv[1], progress=die)
+"""
+
+
+def test_killed_conversion_leaves_nothing(sandbox, write_gguf, cache):
+    path = write_gguf(sandbox())
+    done = subprocess.run([sys.executable, "-c", KILLED, str(path)])
+    assert done.returncode == -signal.SIGKILL
+    assert not list((cache / "checkpoints").glob("gguf-*"))
+    assert list((cache / "checkpoints").glob(".gguf-*"))
+    assert resolve(str(path)).digest
+    assert not list((cache / "checkpoints").glob(".gguf-*"))
 
 
 def test_head_and_embedding_quantised_apart_stay_tied(sandbox, write_gguf):

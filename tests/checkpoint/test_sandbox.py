@@ -2,7 +2,7 @@ import unicodedata
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mobile_export.checkpoint import resolve
@@ -80,6 +80,7 @@ def tokenizer(tmp_path_factory):
 
 
 @settings(deadline=None, max_examples=300)
+@example("e\u0301 \u30c8\u3099")
 @given(st.text(st.characters(codec="utf-8"), max_size=40))
 def test_any_text_survives(tokenizer, text):
     decoded = tokenizer.decode(tokenizer.encode(text))
