@@ -3,24 +3,64 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mobile_export.files import write_file
 from mobile_export.pte_share import share_constants
 from mobile_export.targets.executorch_graph import every_position, executorch_module
-from mobile_export.types import Dims, Program
+from mobile_export.manifest import Contract, Method, Runtime, TensorInfo
+from mobile_export.targets import Lowered
+from mobile_export.types import Checkpoint, Dims, Program
 
 if TYPE_CHECKING:
     import numpy as np
     from executorch.exir import EdgeCompileConfig
     from torch.export import ExportedProgram
 
+    from mobile_export.bundle import Draft
     from mobile_export.recipe import ExecuTorch as Options
+    from mobile_export.recipe import Recipe
 
 
-def lower(program: Program, options: Options, constants: dict[str, Any], out: Path) -> dict[str, int]:
-    """Write the `.pte`; returns how often each op is called outside the delegate.
+def write(program: Program, recipe: Recipe, checkpoint: Checkpoint, draft: Draft) -> Lowered:
+    """Lower into a bundle's `model.pte` and say what it needs and how it is called."""
+    from mobile_export import pte
+    from mobile_export.checkpoint.load import eos_ids
+
+    artifact = draft.path("model.pte", "program")
+    ends, begin = eos_ids(checkpoint), checkpoint.tokenizer().bos_token_id
+    extra = {"get_eos_ids": ends} | ({} if begin is None else {"get_bos_id": begin})
+    lower(program, recipe.executorch, extra, artifact)
+    summary = pte.read(artifact)
+    forward = next(method for method in summary.methods if method.name == "forward")
+    runtime = Runtime(
+        name="ExecuTorch",
+        minimum_version=version("executorch"),
+        kernels=["portable", "quantized", "llm custom ops"],
+        backends=sorted(forward.delegates),
+        outside_backend=forward.operators,
+        notes=[
+            "forward is what a device runs; forward_all has a KV cache of its own: do not mix them.",
+            f"{sum(forward.delegates.values())} delegate calls a forward; KV cache {recipe.executorch.kv_cache}.",
+        ],
+    )
+    io = Contract(
+        methods=_methods(program.dims, recipe.executorch),
+        constant_methods=summary.constants,
+        context=program.dims.context,
+        vocab=program.dims.vocab,
+        kv_cache=recipe.executorch.kv_cache,
+        eos_ids=ends,
+        bos_id=begin,
+        normalize="none",
+    )
+    return Lowered(artifact, runtime, io, ("executorch", "torchao"))
+
+
+def lower(program: Program, options: Options, constants: dict[str, Any], out: Path) -> None:
+    """Write the `.pte`.
 
     `constants` become constant methods (name -> int or list of int) beside those that the stock
     runner needs and the program itself knows.
@@ -28,8 +68,7 @@ def lower(program: Program, options: Options, constants: dict[str, Any], out: Pa
     from executorch.exir import EdgeProgramManager, ExecutorchBackendConfig
     from executorch.exir.passes import MemoryPlanningPass
 
-    edge, config = _lower_forward(_export(program))
-    outside = _outside(edge)
+    edge, config = _lower_forward(_export(program, options))
     methods = {"forward": edge}
     if options.all_logits:
         methods["forward_all"] = every_position(edge)
@@ -37,7 +76,6 @@ def lower(program: Program, options: Options, constants: dict[str, Any], out: Pa
     planning = MemoryPlanningPass(alloc_graph_input=False)
     backend = ExecutorchBackendConfig(extract_delegate_segments=True, memory_planning_pass=planning)
     write_file(out, share_constants(manager.to_executorch(backend).buffer))
-    return outside
 
 
 def _lower_forward(exported: ExportedProgram) -> tuple[ExportedProgram, EdgeCompileConfig]:
@@ -54,7 +92,7 @@ def _lower_forward(exported: ExportedProgram) -> tuple[ExportedProgram, EdgeComp
     return edge.exported_program(), config
 
 
-def _export(program: Program) -> ExportedProgram:
+def _export(program: Program, options: Options) -> ExportedProgram:
     import executorch.kernels.quantized  # registers quantized_decomposed's out variants
     import torch
     from executorch.extension.llm.custom_ops import custom_ops  # registers llama::*
@@ -65,7 +103,7 @@ def _export(program: Program) -> ExportedProgram:
     inputs = (torch.zeros(1, sample, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
     with torch.no_grad():
         return torch.export.export(
-            executorch_module(program),
+            executorch_module(program, options),
             inputs,
             dynamic_shapes={"tokens": {1: length}, "start": None},
             strict=False,
@@ -114,13 +152,18 @@ def _constants(dims: Dims) -> dict[str, Any]:
     }
 
 
-def _outside(edge: ExportedProgram) -> dict[str, int]:
-    counts: dict[str, int] = {}
-    for node in edge.graph.nodes:
-        if node.op == "call_function":
-            name = getattr(node.target, "__name__", str(node.target))
-            counts[name] = counts.get(name, 0) + 1
-    return dict(sorted(counts.items()))
+def _methods(dims: Dims, options: Options) -> list[Method]:
+    inputs = [TensorInfo(name="tokens", dtype="int64", shape=[1, "length"])]
+    inputs.append(TensorInfo(name="start", dtype="int64", shape=[1]))
+    lengths: dict[str, int | str] = {"forward": 1} | ({"forward_all": "length"} if options.all_logits else {})
+    return [
+        Method(
+            name=name,
+            inputs=inputs,
+            outputs=[TensorInfo(name="logits", dtype="fp32", shape=[1, length, dims.vocab])],
+        )
+        for name, length in lengths.items()
+    ]
 
 
 class PteRunner:
@@ -181,6 +224,6 @@ class PteRunner:
         return int(self._load(name).execute(())[0])
 
 
-def open(artifact: Path) -> PteRunner:  # noqa: A001
-    """A runner over the `.pte`."""
-    return PteRunner(artifact)
+def open(artifact: Path, *, threads: int | None = None) -> PteRunner:  # noqa: A001
+    """A runner over the `.pte`; `threads` None is one a core."""
+    return PteRunner(artifact, threads=threads)

@@ -18,10 +18,11 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
     from torch.fx import GraphModule, Node
 
+    from mobile_export.recipe import ExecuTorch as Options
     from mobile_export.types import Program
 
 
-def executorch_module(program: Program) -> torch.nn.Module:
+def executorch_module(program: Program, options: Options) -> torch.nn.Module:
     """A module `(tokens int64 [1, S], start int64 [1]) -> logits fp32 [1, 1, vocab]` holding its KV cache.
 
     Logits are those of the last position.

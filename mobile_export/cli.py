@@ -1,0 +1,206 @@
+"""The command line: one thin shell over the functions that Python callers use."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mobile_export import __version__
+from mobile_export.errors import ExportError
+
+JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
+MODEL = click.option("--model", metavar="NAME|HUB_ID|FOLDER|FILE.gguf", help="Default: the catalog's.")
+REVISION = click.option("--revision", help="Branch, tag or commit of a hub model.")
+BUNDLE = click.argument("bundle", type=click.Path(path_type=Path))
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="mobile-export")
+def cli() -> None:
+    """Export a small language model to phones: one set of int8 weights, proven against the model."""
+
+
+@cli.command()
+@MODEL
+@click.option("--recipe", metavar="NAME|FILE.toml", help="How to quantize and lower. Default: int8.")
+@click.option("--context", type=int, help="Positions in the KV cache. Default: the recipe's, 2048.")
+@click.option("--out", type=click.Path(path_type=Path), help="Default: dist/MODEL/android.")
+@REVISION
+@click.option("--measure/--no-measure", default=True, help="Measure speed on this host afterwards.")
+@JSON
+def android(
+    model: str | None,
+    recipe: str | None,
+    context: int | None,
+    out: Path | None,
+    revision: str | None,
+    measure: bool,
+    as_json: bool,
+) -> None:
+    """Write an ExecuTorch bundle (.pte) for the stock Android and iOS runtimes."""
+    from mobile_export import console
+    from mobile_export.export import export
+
+    console.json_only(as_json)
+    result = export(
+        "android",
+        model=model,
+        recipe=recipe,
+        context=context,
+        out=out,
+        revision=revision,
+        progress=lambda line: click.echo(line, err=True),
+        measure=measure,
+    )
+    if as_json:
+        _print_json(result)
+    else:
+        from mobile_export.summary import summarize
+
+        summarize(result)
+
+
+@cli.command()
+@BUNDLE
+@click.option("--model", help="The source, where the bundle was made of a folder or file.")
+@click.option("--quick", is_flag=True, help="The short prompts only; no committed golden is needed.")
+@click.option("--artifact-only", is_flag=True, help="Only the artefact against the golden.")
+@JSON
+def parity(bundle: Path, model: str | None, quick: bool, artifact_only: bool, as_json: bool) -> None:
+    """Run source, traced, quantized and artefact over the golden; exit 1 when a limit is passed."""
+    from mobile_export import console
+    from mobile_export.bundle import load, verify
+    from mobile_export.parity import table
+    from mobile_export.stages import STAGES, inputs
+    from mobile_export.stages import parity as run
+
+    console.json_only(as_json)
+    opened = load(bundle)
+    verify(opened)
+    report = run(inputs(opened, model=model, short=quick), STAGES[-1:] if artifact_only else STAGES)
+    if as_json:
+        _print_json(report)
+    else:
+        console.table(*table(report))
+    sys.exit(0 if report.passed else 1)
+
+
+@cli.command()
+@BUNDLE
+@click.argument("prompt")
+@click.option("--system", help="System turn of the chat.")
+@click.option("--raw", is_flag=True, help="Continue the text itself: no chat template.")
+@click.option("--max-tokens", type=click.IntRange(1), default=256, show_default=True)
+@click.option("--temperature", type=click.FloatRange(0), default=0.0, help="0 (default): greedy.")
+@click.option("--seed", type=int, default=0, help="For a temperature above 0.")
+@click.option("--threads", type=click.IntRange(1), help="Default: one a core.")
+def run(bundle: Path, prompt: str, **options: Any) -> None:
+    """Answer a prompt with the bundle's own artefact, streaming."""
+    from mobile_export.bundle import load
+    from mobile_export.generate import generate
+
+    for piece in generate(load(bundle), prompt, **options):
+        click.echo(piece, nl=False)
+        sys.stdout.flush()
+    click.echo()
+
+
+@cli.command()
+@click.argument("path", type=click.Path(path_type=Path))
+@JSON
+def inspect(path: Path, as_json: bool) -> None:
+    """Verify a bundle and show what it holds; or look into a .pte, .gguf or .safetensors file."""
+    from mobile_export.inspect import inspect as look
+    from mobile_export.inspect import render
+
+    report = look(path)
+    _print_json(report) if as_json else render(report)
+
+
+@cli.command()
+@JSON
+def doctor(as_json: bool) -> None:
+    """Check this machine: packages, processor, memory, disk, cache, tools. Exit 1 when one fails."""
+    from mobile_export import doctor as checks
+
+    found = checks.doctor()
+    _print_json(found) if as_json else checks.render(found)
+    sys.exit(1 if checks.worst(found) == "fail" else 0)
+
+
+@cli.group()
+def golden() -> None:
+    """What the fp32 source model says on the prompt set."""
+
+
+@golden.command()
+@MODEL
+@REVISION
+@click.option("--out", type=click.Path(path_type=Path), help="Default: the committed goldens' folder.")
+def record(model: str | None, revision: str | None, out: Path | None) -> None:
+    """Record the golden of a model anew; the same model gives the same bytes."""
+    from mobile_export import console
+    from mobile_export.golden import pin_arithmetic
+
+    pin_arithmetic()
+    from mobile_export.checkpoint import resolve
+    from mobile_export.golden import record as ask
+    from mobile_export.golden import save
+    from mobile_export.prompts import golden_folder, load_prompts
+
+    checkpoint = resolve(model, revision=revision, progress=lambda line: click.echo(line, err=True))
+    with console.step("golden"):
+        recorded = ask(checkpoint, load_prompts(), lambda name: click.echo(f"  {name}", err=True))
+    folder = (out or golden_folder()) / checkpoint.name
+    save(recorded, folder)
+    console.say(f"{folder}: {len(recorded.cases)} prompts, {recorded.header.positions:,} positions")
+
+
+@golden.command()
+@click.argument("name", default="qwen2.5-coder-0.5b-instruct")
+@JSON
+def show(name: str, as_json: bool) -> None:
+    """Show a golden: its provenance, and each prompt with the source's greedy continuation."""
+    from mobile_export import console
+    from mobile_export.golden import load
+    from mobile_export.prompts import golden_folder
+
+    path = Path(name)
+    found = load(path if path.is_dir() else golden_folder() / name)
+    if as_json:
+        _print_json(found.header)
+        return
+    header = found.header
+    console.say(f"{header.model}  {header.positions:,} positions  {header.arithmetic}  {header.checkpoint[:16]}")
+    rows = [(case.name, case.kind, len(case.tokens), case.greedy_text) for case in found.cases]
+    console.table("", ("prompt", "kind", "tokens", "the source continues"), rows)
+
+
+def _print_json(value: Any) -> None:
+    import msgspec
+
+    click.echo(msgspec.json.format(msgspec.json.encode(value), indent=2).decode())
+
+
+def main(command: Callable[..., Any] = cli) -> None:
+    """Entry point: a user's mistake is one line and exit code 2, Ctrl-C is 130."""
+    try:
+        command(standalone_mode=False)
+    except ExportError as error:
+        _fail(str(error), 2)
+    except click.exceptions.Exit as done:
+        sys.exit(done.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except (KeyboardInterrupt, click.exceptions.Abort):
+        _fail("interrupted; nothing half written was kept", 130)
+
+
+def _fail(line: str, code: int) -> None:
+    click.echo(f"error: {line}", err=True)
+    sys.exit(code)

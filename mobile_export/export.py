@@ -1,0 +1,196 @@
+"""One export, from a model's name to a bundle that passed parity in its real runtime."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from mobile_export import bundle, console, manifest
+from mobile_export.errors import ExportError, nearest
+from mobile_export.recipe import Recipe, load_recipe
+from mobile_export.targets import PLATFORMS, target
+
+if TYPE_CHECKING:
+    from mobile_export.golden import Golden
+    from mobile_export.latency.host import Speed
+    from mobile_export.passes.runner import Ran
+    from mobile_export.types import Checkpoint, Program
+
+
+class ExportResult(msgspec.Struct, frozen=True):
+    """What an export made. Speeds and costs are of this host and this run; they are not in the bundle."""
+
+    folder: str
+    manifest: manifest.Manifest
+    passes: list[dict[str, Any]]
+    seconds: dict[str, float]
+    speed: list[Speed]
+
+
+def export(
+    platform: str,
+    *,
+    model: str | None = None,
+    recipe: str | None = None,
+    context: int | None = None,
+    out: Path | None = None,
+    revision: str | None = None,
+    progress: Callable[[str], None] | None = None,
+    measure: bool = True,
+) -> ExportResult:
+    """Write the bundle of a model for a platform; see `mobile-export PLATFORM --help`.
+
+    Nothing appears under `out` unless the artefact, executed by its real runtime, agrees with the
+    fp32 source within the recipe's `parity.total`. Raises ExportError.
+    """
+    from mobile_export import passes
+    from mobile_export.checkpoint import resolve
+
+    if platform not in PLATFORMS:
+        raise ExportError(f"unknown platform '{platform}'", nearest(platform, PLATFORMS))
+    chosen = load_recipe(recipe or default_recipe(model), context=context)
+    with console.step("model"):
+        checkpoint = resolve(model, revision=revision, progress=progress)
+    _refuse_context(checkpoint, chosen)
+    passed = passes.run(checkpoint, chosen)
+    folder = out or Path("dist") / checkpoint.name / platform
+    seconds: dict[str, float] = {}
+    with bundle.create(folder) as draft:
+        made = _fill(draft, platform, checkpoint, chosen, passed.program, seconds)
+    return ExportResult(
+        folder=str(folder),
+        manifest=made,
+        passes=[_cost(ran) for ran in passed.log],
+        seconds=seconds,
+        speed=_speed(folder) if measure else [],
+    )
+
+
+def default_recipe(model: str | None) -> str:
+    """The recipe of a model for which none is named."""
+    return "sandbox" if (model or "").startswith("sandbox:") else "int8"
+
+
+def _refuse_context(checkpoint: Checkpoint, recipe: Recipe) -> None:
+    """Before minutes of work: the model must reach as far as the cache does."""
+    config = json.loads((checkpoint.folder / "config.json").read_bytes())
+    limit = int(config["max_position_embeddings"])
+    if recipe.context > limit:
+        raise ExportError(
+            f"context {recipe.context} is past the model's {limit}", f"use --context {limit} or less"
+        )
+
+
+def _fill(
+    draft: bundle.Draft,
+    platform: str,
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    program: Program,
+    seconds: dict[str, float],
+) -> manifest.Manifest:
+    from mobile_export.tokenizers_io import write_tokenizers
+
+    name = PLATFORMS[platform]
+    with console.step(f"lower to {name}") as cost:
+        lowered = target(name).write(program, recipe, checkpoint, draft)
+    seconds["lower"] = round(cost.seconds, 1)
+    normalize = write_tokenizers(checkpoint, draft)
+    draft.path("NOTICE", "notice").write_text(_notice(checkpoint), "utf-8")
+    with console.step("parity in the real runtime") as cost:
+        quality, selftest = _prove(checkpoint, recipe, target(name).open(lowered.artifact))
+        cost.note = f"KL {quality['kl_mean']}  top-1 {quality['top1']}"
+    seconds["parity"] = round(cost.seconds, 1)
+    draft.path("selftest.json", "selftest").write_bytes(_json(selftest))
+    made = manifest.Manifest(
+        platform=platform,
+        target=name,
+        model=manifest.Model(
+            name=checkpoint.name,
+            spec=checkpoint.spec,
+            family=checkpoint.family,
+            license=checkpoint.license,
+            digest=checkpoint.digest,
+            provenance=checkpoint.provenance,
+        ),
+        recipe=manifest.RecipeUsed(recipe.name, recipe.digest, msgspec.to_builtins(recipe)),
+        tools=manifest.tool_versions("torch", "transformers", *lowered.tools),
+        runtime=lowered.runtime,
+        io=msgspec.structs.replace(lowered.io, normalize=normalize),
+        quality={"source -> artifact, short prompts": quality},
+    )
+    return draft.finish(made).manifest
+
+
+def _prove(checkpoint: Checkpoint, recipe: Recipe, runner: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The artefact against the source on the short prompts, some longer than a token, in every way of calling."""
+    from mobile_export.golden import selftest
+    from mobile_export.observe import consistency, observe
+    from mobile_export.parity import check, compare, rounded
+
+    golden = short_golden(checkpoint, recipe.context)
+    observed = observe(runner, golden.cases, {"source": golden.observation})
+    metrics = compare(golden.cases, golden.observation, observed, "source")
+    if not check(metrics, recipe.parity.total):
+        raise ExportError(
+            f"the artefact does not say what the model says: KL {metrics.kl_mean}, top-1 {metrics.top1:.3f} "
+            f"over {metrics.positions} positions, {metrics.broken} of them not finite",
+            "nothing was written; run `mobile-export doctor`, or report it with its output",
+        )
+    agreed = consistency(runner, golden.cases[0].inputs[:24], "artifact")
+    if not agreed.passed:
+        ways = ", ".join(way.way for way in agreed.ways if not way.passed)
+        raise ExportError(
+            f"the artefact answers differently when its input is cut differently ({ways})",
+            "nothing was written; report it with the output of `mobile-export doctor`",
+        )
+    return rounded(metrics), selftest(golden.cases, observed)
+
+
+def short_golden(checkpoint: Checkpoint, context: int) -> Golden:
+    """What the source says on the short prompts: the committed golden, else recorded now and cached."""
+    from mobile_export import golden
+    from mobile_export.checkpoint import cache
+    from mobile_export.prompts import Prompts, load_prompts
+
+    prompts = load_prompts()
+    try:
+        found = golden.find(checkpoint, prompts)
+    except ExportError:
+        short = Prompts(tuple(prompt for prompt in prompts.items if prompt.short), prompts.sha256)
+        kept = cache.root() / "goldens" / checkpoint.digest[:16]
+        try:
+            found = golden.find(checkpoint, short, kept)
+        except ExportError:
+            found = golden.record(checkpoint, short)
+            golden.save(found, kept / checkpoint.name)
+    return found.subset(short=True, context=context)
+
+
+def _notice(checkpoint: Checkpoint) -> str:
+    notice = checkpoint.provenance.get("notice", "")
+    return f"{checkpoint.name}: weights licensed under {checkpoint.license}.\n{notice}\n".rstrip() + "\n"
+
+
+def _json(value: Any) -> bytes:
+    return msgspec.json.format(msgspec.json.encode(value, order="sorted"), indent=1) + b"\n"
+
+
+def _cost(ran: Ran) -> dict[str, Any]:
+    return {
+        "name": ran.name,
+        "cached": ran.cached,
+        "seconds": round(ran.seconds, 1),
+        "peak_bytes": ran.peak_bytes,
+    }
+
+
+def _speed(folder: Path) -> list[Speed]:
+    from mobile_export.latency.host import measure
+
+    with console.step("speed on this host"):
+        return [measure(folder, threads) for threads in (1, 2)]

@@ -1,0 +1,1 @@
+"""Measuring bundles: each run in a process of its own, figures with their protocol."""

@@ -1,0 +1,124 @@
+"""Parity stage by stage: source, traced, quantized, artefact, each against the stage before it."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from mobile_export import console
+from mobile_export.bundle import Bundle
+from mobile_export.errors import ExportError
+from mobile_export.parity import ParityReport, StageResult, compare, stage_result
+from mobile_export.recipe import Recipe, parse_recipe
+from mobile_export.targets import reference, target
+
+if TYPE_CHECKING:
+    from mobile_export.cases import Observation
+    from mobile_export.golden import Golden
+    from mobile_export.types import Checkpoint, Runner
+
+STAGES = ("source", "traced", "quantized", "artifact")
+CONSISTENCY_TOKENS = 32
+"""Tokens each stage is fed in one call, in chunks, and one by one."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What parity of one bundle works on."""
+
+    bundle: Bundle
+    recipe: Recipe
+    checkpoint: Checkpoint
+    golden: Golden
+
+
+def inputs(bundle: Bundle, *, model: str | None = None, short: bool = False) -> Inputs:
+    """The recipe from the manifest, the source it was made of (`model` where that was a path), its golden.
+
+    Raises ExportError when the source is another one, or has no golden.
+    """
+    from mobile_export.checkpoint import resolve
+    from mobile_export.export import short_golden
+    from mobile_export.golden import find
+    from mobile_export.prompts import load_prompts
+
+    recipe = parse_recipe(dict(bundle.manifest.recipe.table))
+    with console.step("model"):
+        checkpoint = resolve(model or bundle.manifest.model.spec)
+    if checkpoint.digest != bundle.manifest.model.digest:
+        raise ExportError(
+            f"'{checkpoint.name}' is not the model this bundle was made of",
+            "name that model with --model",
+        )
+    if short:
+        golden = short_golden(checkpoint, recipe.context)
+    else:
+        golden = find(checkpoint, load_prompts()).subset(context=recipe.context)
+    return Inputs(bundle, recipe, checkpoint, golden)
+
+
+def parity(given: Inputs, stages: tuple[str, ...] = STAGES) -> ParityReport:
+    """Run `stages` in order over the golden; each is measured against the one before it.
+
+    The golden stands before the first. The artefact is also measured against the golden, as `total`.
+    """
+    limits: Any = given.recipe.parity
+    lines: list[StageResult] = []
+    groups = []
+    before, seen = "golden", given.golden.observation
+    for stage, runner in _runners(given, stages):
+        with console.step(f"parity: {stage}"):
+            references = {"golden": given.golden.observation, before: seen}
+            observed = _observe(given, runner, references)
+            groups.append(_consistency(given, stage, runner))
+        limit = limits.traced if stage == "source" else getattr(limits, stage)
+        lines.append(_line(given, stage, before, seen, observed, limit))
+        if stage == "artifact" and before != "golden":
+            lines.append(_line(given, stage, "golden", given.golden.observation, observed, limits.total))
+        before, seen = stage, observed
+        del runner
+        gc.collect()
+    return ParityReport(
+        model=given.checkpoint.name,
+        checkpoint=given.checkpoint.digest,
+        stages=tuple(lines),
+        consistency=tuple(groups),
+    )
+
+
+def _runners(given: Inputs, stages: tuple[str, ...]) -> Iterator[tuple[str, Runner]]:
+    """One runner at a time: no two models in memory at once."""
+    from mobile_export import passes
+    from mobile_export.targets.source import HFRunner
+
+    for stage in stages:
+        if stage == "source":
+            yield stage, HFRunner(given.checkpoint.model())
+        elif stage == "artifact":
+            opened = target(given.bundle.manifest.target)
+            yield stage, opened.open(given.bundle.path("program"))
+        else:
+            last = {"traced": "trace", "quantized": "quantize"}[stage]
+            yield stage, reference.open(passes.run(given.checkpoint, given.recipe, last=last).program)
+
+
+def _observe(given: Inputs, runner: Runner, references: dict[str, Observation]) -> Observation:
+    from mobile_export.observe import observe
+
+    return observe(runner, given.golden.cases, references)
+
+
+def _consistency(given: Inputs, stage: str, runner: Runner) -> Any:
+    from mobile_export.observe import consistency
+
+    longest = max(given.golden.cases, key=lambda case: case.short)
+    return consistency(runner, longest.inputs[:CONSISTENCY_TOKENS], stage)
+
+
+def _line(
+    given: Inputs, stage: str, against: str, reference: Observation, observed: Observation, limit: Any
+) -> StageResult:
+    metrics = compare(given.golden.cases, reference, observed, against)
+    return stage_result(stage, against, metrics, limit)

@@ -1,0 +1,35 @@
+"""The targets. Each is a module here, found by its name.
+
+`write(program, recipe, checkpoint, draft) -> Lowered` puts the artefact into a bundle;
+`open(artifact, threads=None) -> Runner` executes it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from mobile_export.manifest import Contract, Runtime
+
+PLATFORMS = {"android": "executorch"}
+"""The target of each platform."""
+
+
+def target(name: str) -> Any:
+    """The target's module, e.g. `executorch`."""
+    return importlib.import_module(f"mobile_export.targets.{name}")
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """What a target wrote, for the manifest."""
+
+    artifact: Path
+    runtime: Runtime
+    io: Contract
+    tools: tuple[str, ...]
+    """Packages that shaped the artefact's bytes."""
