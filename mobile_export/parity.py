@@ -103,7 +103,8 @@ def kl_divergence(
     `reference` and `candidate` are logits [N, K] at the same ids, the others their logsumexp [N].
     Merging tokens into a bucket never raises a divergence (data-processing inequality), so this
     is a lower bound of the KL over the whole vocabulary; with the reference's 64 most likely
-    tokens outside the bucket it is close to it.
+    tokens outside the bucket it is close to it. A candidate's bucket below 1e-9 counts as 1e-9:
+    it is a difference from 1, and what is left there is rounding noise.
     """
     import numpy as np
 
@@ -111,7 +112,8 @@ def kl_divergence(
         log_p = reference.astype(np.float64) - reference_lse[:, None]
         log_q = candidate.astype(np.float64) - candidate_lse[:, None]
         p, q = np.exp(log_p), np.exp(log_q)
-        rest_p, rest_q = (np.maximum(1.0 - mass.sum(axis=1), np.finfo(np.float64).tiny) for mass in (p, q))
+        rest_p = np.maximum(1.0 - p.sum(axis=1), np.finfo(np.float64).tiny)
+        rest_q = np.maximum(1.0 - q.sum(axis=1), 1e-9)
         kl = (p * (log_p - log_q)).sum(axis=1) + rest_p * (np.log(rest_p) - np.log(rest_q))
     result: np.ndarray = np.maximum(kl, 0.0)
     return result

@@ -80,6 +80,16 @@ class OtherPath(Wrapped):
         return self.inner.logits(tokens, start)[0]
 
 
+class Swapped(Wrapped):
+    """The two most likely tokens change places on the device's path."""
+
+    def last_logits(self, tokens, start):
+        row = self.inner.last_logits(tokens, start).copy()
+        first, second = row.argsort()[::-1][:2]
+        row[[first, second]] = row[[second, first]]
+        return row
+
+
 class NotANumber(Wrapped):
     def logits(self, tokens, start):
         result = self.inner.logits(tokens, start).copy()
@@ -110,6 +120,14 @@ def test_a_sound_runner_agrees_with_itself(runner):
 )
 def test_each_fault_is_caught_where_it_is(runner, broken, ways):
     assert ways <= failed(broken(runner))
+
+
+def test_another_top_token_fails_unless_it_was_a_near_tie(runner):
+    strict = consistency(Swapped(runner), TOKENS, "test", max_kl=math.inf)
+    lax = consistency(Swapped(runner), TOKENS, "test", max_kl=math.inf, margin=math.inf)
+    assert [way.top1 for way in strict.ways] == [1, 1, 0, 0]
+    assert [way.passed for way in strict.ways][-1] is False
+    assert lax.passed
 
 
 @pytest.mark.parametrize("length", [1, 2, 6, 7, 8])

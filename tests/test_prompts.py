@@ -66,3 +66,17 @@ def test_a_template_that_writes_the_date_gives_the_same_text_every_day():
     )
     turns = (Message(role="user", content="Hi"),)
     assert render(Prompt(name="a", kind="chat", messages=turns), tokenizer)[0] == "1 January 2026: Hi"
+
+
+def test_only_plain_text_gets_the_tokenizers_own_first_token():
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = resolve("sandbox:llama?layers=2&hidden=64&vocab=512").tokenizer()
+    first = tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", first)]
+    )
+    plain = Prompt(name="a", kind="code", text="Hi")
+    chat = Prompt(name="b", kind="chat", messages=(Message(role="user", content="Hi"),))
+    assert render(plain, tokenizer)[1].count(first) == 1
+    assert render(chat, tokenizer)[1].count(first) == 0  # a template writes it itself, where it is due

@@ -64,7 +64,4 @@ class HFRunner:
         length = self._cache.get_seq_length()
         if not 0 <= start <= length:
             raise ValueError(f"cannot continue at {start}: the cache holds {length} positions")
-        if start == 0:
-            self.reset()  # a crop to nothing would keep every position
-        elif start < length:
-            self._cache.crop(start - length)
+        self._cache.crop(start - length)
