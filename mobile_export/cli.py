@@ -175,7 +175,8 @@ def show(name: str, as_json: bool) -> None:
         _print_json(found.header)
         return
     header = found.header
-    console.say(f"{header.model}  {header.positions:,} positions  {header.arithmetic}  {header.checkpoint[:16]}")
+    line = f"{header.model}  {header.positions:,} positions  {header.arithmetic}"
+    console.say(f"{line}  {header.checkpoint[:16]}")
     rows = [(case.name, case.kind, len(case.tokens), case.greedy_text) for case in found.cases]
     console.table("", ("prompt", "kind", "tokens", "the source continues"), rows)
 
@@ -188,6 +189,9 @@ def _print_json(value: Any) -> None:
 
 def main(command: Callable[..., Any] = cli) -> None:
     """Entry point: a user's mistake is one line and exit code 2, Ctrl-C is 130."""
+    from mobile_export import quiet
+
+    quiet.python()
     try:
         command(standalone_mode=False)
     except ExportError as error:

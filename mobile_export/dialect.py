@@ -12,7 +12,10 @@ from torch.library import custom_op
 
 @custom_op("mobile::rms_norm", mutates_args=())
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """`x * rsqrt(mean(x^2) + eps) * weight` over the last dim (arXiv 1910.07467). x fp32 [..., D], weight [D]."""
+    """`x * rsqrt(mean(x^2) + eps) * weight` over the last dim. x fp32 [..., D], weight [D].
+
+    Source: arXiv 1910.07467.
+    """
     return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * weight
 
 
@@ -23,7 +26,10 @@ def _(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 @custom_op("mobile::rotary", mutates_args=())
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding, half-split form (arXiv 2104.09864). x fp32 [1, H, S, D]; cos, sin [1, S, D]."""
+    """Rotary position embedding, half-split form. x fp32 [1, H, S, D]; cos, sin fp32 [1, S, D].
+
+    Source: arXiv 2104.09864.
+    """
     low, high = x.chunk(2, dim=-1)
     return x * cos.unsqueeze(1) + torch.cat((-high, low), dim=-1) * sin.unsqueeze(1)
 
@@ -35,7 +41,7 @@ def _(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 @custom_op("mobile::update_cache", mutates_args=())
 def update_cache(cache: Tensor, new: Tensor, start: Tensor) -> Tensor:
-    """`cache` with `new` at `[start, start + S)`. cache fp32 [1, H, L, D], new [1, H, S, D], start int64 [1]."""
+    """`cache` fp32 [1, H, L, D] with `new` [1, H, S, D] at `[start, start + S)`; start int64 [1]."""
     position = int(start)
     updated = cache.clone()
     updated[:, :, position : position + new.shape[2]] = new
@@ -78,7 +84,7 @@ def _(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
 
 @custom_op("mobile::embedding_int8", mutates_args=())
 def embedding_int8(ids: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
-    """Row `ids` of `codes * scales`. ids int64 [1, S]; codes int8 [V, D]; scales fp32 [V] -> fp32 [1, S, D]."""
+    """Rows `ids` int64 [1, S] of `codes * scales` (int8 [V, D], fp32 [V]) -> fp32 [1, S, D]."""
     return codes[ids].float() * scales[ids][..., None]
 
 

@@ -127,7 +127,7 @@ def _fill(
 
 
 def _prove(checkpoint: Checkpoint, recipe: Recipe, runner: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The artefact against the source on the short prompts, some longer than a token, in every way of calling."""
+    """The artefact against the source on the short prompts, in every way of calling it."""
     from mobile_export.golden import selftest
     from mobile_export.observe import consistency, observe
     from mobile_export.parity import check, compare, rounded

@@ -62,8 +62,9 @@ def _find(blob: memoryview, constants: memoryview, offsets: list[int]) -> int | 
 
 
 def _rewrite(head: bytes, segments: list[_Segment], constants: int, moved: dict[int, int]) -> bytes:
-    """The file with all segments but the moved ones, in their old order; the moved point into the constants."""
-    head_bytes, body, end = bytearray(head), [], 0
+    """The file with all segments but the moved ones, which point into the constants."""
+    head_bytes, end = bytearray(head), 0
+    body: list[bytes | memoryview] = []
     places: dict[int, int] = {}
     for index in sorted(set(range(len(segments))) - set(moved), key=lambda index: segments[index].offset):
         padding = -end % ALIGNMENT

@@ -15,13 +15,13 @@ class _Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     pass
 
 
-class Quantize(_Table):
+class Quantize(_Table, frozen=True):
     """How weights become codes. int8 symmetric per output channel is what all runtimes share."""
 
     weights: Literal["int8"] = "int8"
 
 
-class ExecuTorch(_Table):
+class ExecuTorch(_Table, frozen=True):
     """Options of the ExecuTorch target."""
 
     kv_cache: Literal["fp32", "int8"] = "fp32"
@@ -30,7 +30,7 @@ class ExecuTorch(_Table):
     """Add the method `forward_all` (logits at every position) that full parity needs."""
 
 
-class Threshold(_Table):
+class Threshold(_Table, frozen=True):
     """Limits between two stages; a stage over any of them fails."""
 
     kl_mean: float
@@ -39,7 +39,7 @@ class Threshold(_Table):
     """Share of positions with the same most likely token, at least."""
 
 
-class Parity(_Table):
+class Parity(_Table, frozen=True):
     """What each stage may lose against the stage before it, and the artefact against the source."""
 
     traced: Threshold = Threshold(kl_mean=1e-6, top1=0.999)
@@ -48,7 +48,7 @@ class Parity(_Table):
     total: Threshold = Threshold(kl_mean=0.02, top1=0.94)
 
 
-class Recipe(_Table):
+class Recipe(_Table, frozen=True):
     """One way to export: everything that shapes the artefact's bytes, and the limits it must keep."""
 
     name: str
@@ -112,5 +112,6 @@ def _refuse_unknown(table: dict[str, Any], kind: type[msgspec.Struct], prefix: s
     for key, value in table.items():
         if key not in fields:
             raise ExportError(f"unknown recipe key '{prefix}{key}'", nearest(key, fields))
-        if isinstance(value, dict) and isinstance(fields[key], type) and issubclass(fields[key], msgspec.Struct):
-            _refuse_unknown(value, fields[key], f"{prefix}{key}.")
+        inner = fields[key]
+        if isinstance(value, dict) and isinstance(inner, type) and issubclass(inner, msgspec.Struct):
+            _refuse_unknown(value, inner, f"{prefix}{key}.")

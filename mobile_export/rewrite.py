@@ -25,7 +25,8 @@ def tidy(module: GraphModule) -> None:
     module.graph.lint()
     module.delete_all_unused_submodules()
     used = {str(node.target) for node in module.graph.nodes if node.op == "get_attr"}
-    for name, _ in [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]:
+    parameters, buffers = module.named_parameters, module.named_buffers
+    for name, _ in [*parameters(remove_duplicate=False), *buffers(remove_duplicate=False)]:
         if name not in used:
             owner, _, attribute = name.rpartition(".")
             delattr(module.get_submodule(owner), attribute)

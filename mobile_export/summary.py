@@ -13,14 +13,16 @@ def summarize(result: ExportResult) -> None:
     console.table(result.folder, ("file", "size", "role"), rows)
     console.say("")
     for name, metrics in made.quality.items():
-        figures = f"KL {metrics['kl_mean']}  top-1 {metrics['top1']}  perplexity x{metrics['perplexity_ratio']}"
+        figures = f"KL {metrics['kl_mean']}  top-1 {metrics['top1']}"
+        figures += f"  perplexity x{metrics['perplexity_ratio']}"
         console.say(f"parity   {name}: {figures}  ({metrics['positions']} positions)")
     outside = ", ".join(f"{name} x{count}" for name, count in made.runtime.outside_backend.items())
     console.say(f"outside  {', '.join(made.runtime.backends)}: {outside}")
     for speed in result.speed:
         console.say(
             f"speed    {speed.threads} thread{'s' * (speed.threads > 1)}: prefill {speed.prefill} tok/s, "
-            f"decode {speed.decode} tok/s, load {speed.load_seconds} s, peak {console.human_bytes(speed.peak_bytes)}"
+            f"decode {speed.decode} tok/s, load {speed.load_seconds} s, "
+            f"peak {console.human_bytes(speed.peak_bytes)}"
         )
     costs = [f"{cost['name']} {'cached' if cost['cached'] else cost['seconds']}" for cost in result.passes]
     console.say(f"cost     {', '.join(costs)}, lower {result.seconds['lower']} s")

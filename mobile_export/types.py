@@ -78,9 +78,7 @@ def sample_inputs(dims: Dims) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
     sample = min(8, dims.context)
     length = torch.export.Dim("length", min=1, max=dims.context) if sample > 1 else None
-    caches = tuple(
-        torch.zeros(1, dims.kv_heads, dims.context, dims.head_dim) for _ in range(2 * dims.layers)
-    )
+    caches = tuple(torch.zeros(1, dims.kv_heads, dims.context, dims.head_dim) for _ in range(2 * dims.layers))
     inputs = (torch.zeros(1, sample, dtype=torch.int64), torch.zeros(1, dtype=torch.int64), caches)
     return inputs, {"tokens": {1: length}, "start": None, "caches": tuple(None for _ in caches)}
 

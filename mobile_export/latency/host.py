@@ -81,4 +81,7 @@ def _timed(work: Callable[[], None]) -> float:
 
 
 if __name__ == "__main__":
+    from mobile_export import quiet
+
+    quiet.python()
     print(msgspec.json.encode(_measure_here(Path(sys.argv[1]), int(sys.argv[2]))).decode())

@@ -5,7 +5,7 @@ The codes are computed here and nowhere else: every target carries them bit for 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mobile_export.errors import ExportError
 from mobile_export.passes.trace import op_counts
@@ -23,6 +23,7 @@ class Quantize:
     """fp32 Program -> Program with int8 weights; a tied embedding and head share one set of codes."""
 
     name = "quantize"
+    reads = ("quantize",)
 
     def run(self, program: Program, recipe: Recipe) -> Program:
         """Replace every `aten.linear` and `aten.embedding` by its int8 form."""

@@ -29,6 +29,7 @@ class Trace:
     """Checkpoint -> fp32 Program, sequence length dynamic."""
 
     name = "trace"
+    reads = ("context",)
 
     def run(self, checkpoint: Checkpoint, recipe: Recipe) -> Program:
         """Trace the model with `recipe.context` cache positions."""
@@ -103,10 +104,13 @@ def _pure(model: PreTrainedModel) -> torch.nn.Module:
             super().__init__(layers=[])
             self.caches, self.start = list(caches), start
 
-        def update(self, k: Tensor, v: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-            for index, new in ((2 * layer, k), (2 * layer + 1, v)):
+        def update(
+            self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
+        ) -> tuple[Tensor, Tensor]:
+            first = 2 * layer_idx
+            for index, new in ((first, key_states), (first + 1, value_states)):
                 self.caches[index] = torch.ops.mobile.update_cache(self.caches[index], new, self.start)
-            return self.caches[2 * layer], self.caches[2 * layer + 1]
+            return self.caches[first], self.caches[first + 1]
 
     class Pure(torch.nn.Module):
         def __init__(self) -> None:
@@ -130,7 +134,7 @@ def _pure(model: PreTrainedModel) -> torch.nn.Module:
 
 
 def _attention(
-    module: torch.nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: None, *, scaling: float, start: Tensor, **_: Any
+    module: Any, q: Tensor, k: Tensor, v: Tensor, mask: None, *, scaling: float, start: Tensor, **_: Any
 ) -> tuple[Tensor, None]:
     import torch
 

@@ -7,11 +7,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mobile_export import quiet
 from mobile_export.files import write_file
-from mobile_export.pte_share import share_constants
-from mobile_export.targets.executorch_graph import every_position, executorch_module
 from mobile_export.manifest import Contract, Method, Runtime, TensorInfo
+from mobile_export.pte_share import share_constants
 from mobile_export.targets import Lowered
+from mobile_export.targets.executorch_graph import every_position, executorch_module
 from mobile_export.types import Checkpoint, Dims, Program
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def write(program: Program, recipe: Recipe, checkpoint: Checkpoint, draft: Draft
         outside_backend=forward.operators,
         notes=[
             "forward is what a device runs; forward_all has a KV cache of its own: do not mix them.",
-            f"{sum(forward.delegates.values())} delegate calls a forward; KV cache {recipe.executorch.kv_cache}.",
+            f"{sum(forward.delegates.values())} delegate calls a forward.",
         ],
     )
     io = Contract(
@@ -93,11 +94,9 @@ def _lower_forward(exported: ExportedProgram) -> tuple[ExportedProgram, EdgeComp
 
 
 def _export(program: Program, options: Options) -> ExportedProgram:
-    import executorch.kernels.quantized  # registers quantized_decomposed's out variants
     import torch
-    from executorch.extension.llm.custom_ops import custom_ops  # registers llama::*
 
-    assert executorch.kernels.quantized and custom_ops
+    _register_kernels()
     sample = min(8, program.dims.context)
     length = torch.export.Dim("length", min=1, max=program.dims.context) if sample > 1 else None
     inputs = (torch.zeros(1, sample, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
@@ -110,6 +109,14 @@ def _export(program: Program, options: Options) -> ExportedProgram:
         )
 
 
+def _register_kernels() -> None:
+    """Importing them registers quantized_decomposed's out variants and llama::*, here and in the runtime."""
+    import executorch.kernels.quantized
+    from executorch.extension.llm.custom_ops import custom_ops
+
+    assert executorch.kernels.quantized and custom_ops
+
+
 def _partitioner() -> Any:
     """XNNPACK's partitioner, without the passes and decomposition rounds that this graph has no use for.
 
@@ -117,7 +124,9 @@ def _partitioner() -> Any:
     runs 17 graph passes over each; here one partition spans from attention to attention.
     """
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-    from executorch.exir.backend.canonical_partitioners.config_partitioner import ConfigerationBasedPartitioner
+    from executorch.exir.backend.canonical_partitioners.config_partitioner import (
+        ConfigerationBasedPartitioner,
+    )
     from executorch.exir.backend.canonical_partitioners.pattern_op_partitioner import (
         generate_partitions_from_list_of_nodes,
     )
@@ -127,7 +136,8 @@ def _partitioner() -> Any:
     class Partitioner(XnnpackPartitioner):
         def __init__(self) -> None:
             super().__init__()
-            self.delegation_spec = DelegationSpec("XnnpackBackend", [CompileSpec("dqlinear_partitioner", b"")])
+            only_linear = CompileSpec("dqlinear_partitioner", b"")
+            self.delegation_spec = DelegationSpec("XnnpackBackend", [only_linear])
 
         def generate_partitions(self, ep: ExportedProgram) -> list[Any]:
             groups = self.get_matched_nodes_from_configs(ep)
@@ -174,13 +184,12 @@ class PteRunner:
     """
 
     def __init__(self, artifact: Path, *, threads: int | None = None) -> None:
-        import executorch.kernels.quantized
-        from executorch.extension.llm.custom_ops import custom_ops
-        from executorch.extension.pybindings.portable_lib import _unsafe_reset_threadpool
+        with quiet.native():
+            _register_kernels()
+            from executorch.extension.pybindings.portable_lib import _unsafe_reset_threadpool
 
-        assert executorch.kernels.quantized and custom_ops  # both register kernels
-        if threads is not None:
-            _unsafe_reset_threadpool(threads)
+            if threads is not None:
+                _unsafe_reset_threadpool(threads)
         self.artifact = artifact
         self.active = ""
         self.method: Any = None
@@ -218,7 +227,8 @@ class PteRunner:
         from executorch.runtime import Runtime
 
         self.method = None  # the other method's packed weights go first
-        return Runtime.get().load_program(self.artifact).load_method(name)
+        with quiet.native():
+            return Runtime.get().load_program(self.artifact).load_method(name)
 
     def _constant(self, name: str) -> int:
         return int(self._load(name).execute(())[0])

@@ -58,9 +58,8 @@ def every_position(forward: ExportedProgram) -> ExportedProgram:
     import torch
     from torch.export import ExportedProgram
 
-    graph, copies = torch.fx.Graph(), {}
-    output = graph.graph_copy(forward.graph, copies)
-    graph.output(output)
+    graph = torch.fx.Graph()
+    graph.output(graph.graph_copy(forward.graph, {}))
     graph.output_node().meta = dict(forward.graph.output_node().meta)
     (select,) = (node for node in graph.nodes if _name(node) == "aten.select_copy.int")
     (keep,) = select.users
@@ -114,7 +113,7 @@ class _Lowering:
 
     def run(self) -> GraphModule:
         """The rewritten module `(tokens, start, *caches, position) -> logits`."""
-        output = self.graph.output_node()
+        output: Any = self.graph.output_node()
         output.args = (output.args[0][0],)
         self._keep_last(output.args[0])
         forms = self._forms()
@@ -216,7 +215,7 @@ class _Lowering:
 
     def _keep_last(self, logits: Node) -> None:
         """Compute the head for the last position only: nobody reads the others."""
-        head_input: Node = logits.args[0]
+        head_input: Any = logits.args[0]
         while head_input.target != self._target("mobile.rms_norm"):
             head_input = head_input.args[0]
         hidden = head_input.args[0]

@@ -9,6 +9,7 @@ from mobile_export.types import Program, sample_inputs
 
 if TYPE_CHECKING:
     import numpy as np
+    from torch import Tensor
 
 
 class ProgramRunner:
@@ -21,6 +22,7 @@ class ProgramRunner:
         self.program = program
         self.module = program.exported.module(check_guards=False)
         self.vocab, self.context = program.dims.vocab, program.dims.context
+        self.caches: list[Tensor] = []
         self.reset()
 
     def logits(self, tokens: Sequence[int], start: int) -> np.ndarray:

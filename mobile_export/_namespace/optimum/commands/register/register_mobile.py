@@ -29,7 +29,7 @@ class MobileExportCommand(BaseOptimumCLICommand):
         parser.add_argument(
             "--model", "-m", help="Name, hub id, folder or GGUF file. Default: the catalog's."
         )
-        parser.add_argument("--recipe", default="int8", help="Recipe by name, or a TOML file. Default: int8.")
+        parser.add_argument("--recipe", help="Recipe by name, or a TOML file. Default: int8.")
         parser.add_argument("--context", type=int, help="Positions in the KV cache. Default: the recipe's.")
         parser.add_argument("--out", type=Path, help="Folder of the bundle. Default: dist/MODEL/PLATFORM.")
         parser.add_argument("--revision", help="Branch, tag or commit of a hub model.")
