@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -97,9 +98,12 @@ def parity(bundle: Path, model: str | None, quick: bool, artifact_only: bool, as
 @click.option("--max-tokens", type=click.IntRange(1), default=256, show_default=True)
 @click.option("--temperature", type=click.FloatRange(0), default=0.0, help="0 (default): greedy.")
 @click.option("--seed", type=int, default=0, help="For a temperature above 0.")
-@click.option("--threads", type=click.IntRange(1), help="Default: one a core.")
+@click.option("--threads", type=click.IntRange(1), default=os.cpu_count(), help="Default: one a core.")
 def run(bundle: Path, prompt: str, **options: Any) -> None:
     """Answer a prompt with the bundle's own artefact, streaming."""
+    from mobile_export.targets import SOLO_BLAS
+
+    os.environ.update(SOLO_BLAS)
     from mobile_export.bundle import load
     from mobile_export.generate import generate
 

@@ -141,7 +141,10 @@ def _prove(checkpoint: Checkpoint, recipe: Recipe, runner: Any) -> tuple[dict[st
             f"over {metrics.positions} positions, {metrics.broken} of them not finite",
             "nothing was written; run `mobile-export doctor`, or report it with its output",
         )
-    agreed = consistency(runner, golden.cases[0].inputs[:24], "artifact")
+    cut = recipe.parity.cut
+    agreed = consistency(
+        runner, golden.cases[0].inputs[:24], "artifact", max_kl=cut.kl_max, margin=cut.margin
+    )
     if not agreed.passed:
         ways = ", ".join(way.way for way in agreed.ways if not way.passed)
         raise ExportError(

@@ -23,7 +23,7 @@ def generate(
     max_tokens: int = 256,
     temperature: float = 0.0,
     seed: int = 0,
-    threads: int | None = None,
+    threads: int = 1,
 ) -> Iterator[str]:
     """Yield the answer in pieces of text as they come.
 

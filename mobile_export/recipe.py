@@ -39,6 +39,19 @@ class Threshold(_Table, frozen=True):
     """Share of positions with the same most likely token, at least."""
 
 
+class Cut(_Table, frozen=True):
+    """How far the artefact may differ from itself when its input is cut into calls differently.
+
+    A runtime that quantizes activations rounds at thresholds: a last-bit difference between kernels
+    for one row and for many flips codes, and grows to the size of the quantization error itself.
+    """
+
+    kl_max: float = 0.15
+    """KL divergence in nats at any position, at most."""
+    margin: float = 2.0
+    """The most likely token is the same wherever the top two logits are further apart than this."""
+
+
 class Parity(_Table, frozen=True):
     """What each stage may lose against the stage before it, and the artefact against the source."""
 
@@ -46,6 +59,7 @@ class Parity(_Table, frozen=True):
     quantized: Threshold = Threshold(kl_mean=0.01, top1=0.95)
     artifact: Threshold = Threshold(kl_mean=0.01, top1=0.95)
     total: Threshold = Threshold(kl_mean=0.02, top1=0.94)
+    cut: Cut = Cut()
 
 
 class Recipe(_Table, frozen=True):

@@ -113,8 +113,11 @@ def _observe(given: Inputs, runner: Runner, references: dict[str, Observation]) 
 def _consistency(given: Inputs, stage: str, runner: Runner) -> Any:
     from mobile_export.observe import consistency
 
-    longest = max(given.golden.cases, key=lambda case: case.short)
-    return consistency(runner, longest.inputs[:CONSISTENCY_TOKENS], stage)
+    tokens = given.golden.cases[0].inputs[:CONSISTENCY_TOKENS]
+    if stage != "artifact":
+        return consistency(runner, tokens, stage)
+    cut = given.recipe.parity.cut
+    return consistency(runner, tokens, stage, max_kl=cut.kl_max, margin=cut.margin)
 
 
 def _line(

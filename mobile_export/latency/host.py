@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 import msgspec
 
 from mobile_export.errors import ExportError
+from mobile_export.targets import SOLO_BLAS, target
 
 PREFILL, DECODE, ROUNDS = 128, 32, 5
 
@@ -27,13 +29,13 @@ class Speed(msgspec.Struct, frozen=True):
     decode: float
     """Tokens per second, `DECODE` calls of one token after the prefill."""
     peak_bytes: int
-    """Largest resident memory of the process, the Python runtime and mapped file pages included."""
+    """Largest resident memory of the process, Python's own and mapped file pages included."""
 
 
 def measure(folder: Path, threads: int) -> Speed:
     """Measure a bundle in a new process. ExportError when that process fails."""
     command = [sys.executable, "-m", "mobile_export.latency.host", str(folder), str(threads)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **SOLO_BLAS})
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["no output"])[-1]
         raise ExportError(f"the speed run failed: {reason}", "run `mobile-export inspect` on the bundle")
@@ -41,15 +43,11 @@ def measure(folder: Path, threads: int) -> Speed:
 
 
 def _measure_here(folder: Path, threads: int) -> Speed:
-    import resource
-
     from mobile_export.bundle import load
-    from mobile_export.targets import target
 
     bundle = load(folder)
     opened = target(bundle.manifest.target)
-    runner = opened.open(bundle.path("program"), threads=threads)
-    del runner
+    opened.open(bundle.path("program"), threads=threads)  # imports
     begin = time.perf_counter()
     runner = opened.open(bundle.path("program"), threads=threads)
     runner.last_logits([7], 0)
@@ -64,14 +62,23 @@ def _measure_here(folder: Path, threads: int) -> Speed:
             runner.last_logits([11 + step], len(prompt) + step)
 
     first, rest = zip(*[(_timed(prefill), _timed(decode)) for _ in range(ROUNDS + 1)], strict=True)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return Speed(
         threads=threads,
         load_seconds=round(loaded, 3),
         prefill=round(len(prompt) / statistics.median(first[1:]), 1),
         decode=round(DECODE / statistics.median(rest[1:]), 1),
-        peak_bytes=peak if sys.platform == "darwin" else peak * 1024,
+        peak_bytes=_peak_bytes(),
     )
+
+
+def _peak_bytes() -> int:
+    """Since this program started: Linux's ru_maxrss would remember the larger process it was forked from."""
+    import resource
+
+    status = Path("/proc/self/status")
+    if status.exists():
+        return int(status.read_text().split("VmHWM:")[1].split()[0]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def _timed(work: Callable[[], None]) -> float:

@@ -1,7 +1,7 @@
 """The targets. Each is a module here, found by its name.
 
 `write(program, recipe, checkpoint, draft) -> Lowered` puts the artefact into a bundle;
-`open(artifact, threads=None) -> Runner` executes it.
+`open(artifact, threads=1) -> Runner` executes it.
 """
 
 from __future__ import annotations
@@ -17,6 +17,11 @@ if TYPE_CHECKING:
 
 PLATFORMS = {"android": "executorch"}
 """The target of each platform."""
+
+
+SOLO_BLAS = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+"""Environment, set before torch is imported, of a process that runs artefacts and no torch model:
+runtimes that call torch's BLAS from threads of their own then do not wait for a second pool."""
 
 
 def target(name: str) -> Any:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from mobile_export.files import write_file
 from mobile_export.manifest import Contract, Method, Runtime, TensorInfo
 from mobile_export.pte_share import share_constants
 from mobile_export.targets import Lowered
-from mobile_export.targets.executorch_graph import every_position, executorch_module
+from mobile_export.targets.executorch_graph import CHUNK, every_position, executorch_module
 from mobile_export.types import Checkpoint, Dims, Program
 
 if TYPE_CHECKING:
@@ -183,14 +184,14 @@ class PteRunner:
     memory; a change of method mid-sequence loads the other one and feeds it what went before.
     """
 
-    def __init__(self, artifact: Path, *, threads: int | None = None) -> None:
+    def __init__(self, artifact: Path, *, threads: int = 1) -> None:
         with quiet.native():
             _register_kernels()
             from executorch.extension.pybindings.portable_lib import _unsafe_reset_threadpool
+            from executorch.runtime import Runtime
 
-            if threads is not None:
-                _unsafe_reset_threadpool(threads)
-        self.artifact = artifact
+            _unsafe_reset_threadpool(threads)
+            self.program = Runtime.get().load_program(artifact)
         self.active = ""
         self.method: Any = None
         self.fed: list[int] = []
@@ -202,8 +203,11 @@ class PteRunner:
         return self._run("forward", tokens, start)[-1]
 
     def logits(self, tokens: Sequence[int], start: int) -> np.ndarray:
-        """fp32 [S, vocab], by `forward_all`."""
-        return self._run("forward_all", tokens, start)
+        """fp32 [S, vocab], by `forward_all`, as many positions a call as its output holds."""
+        import numpy as np
+
+        parts = range(0, len(tokens), CHUNK)
+        return np.concatenate([self._run("forward_all", tokens[at : at + CHUNK], start + at) for at in parts])
 
     def reset(self) -> None:
         """Forget the sequence: attention reads only what was written since position 0."""
@@ -221,19 +225,36 @@ class PteRunner:
         import torch
 
         inputs = (torch.tensor([list(tokens)]), torch.tensor([start]))
-        return self.method.execute(inputs)[0][0].numpy()
+        with _one_blas_thread():
+            return self.method.execute(inputs)[0][0].numpy()
 
     def _load(self, name: str) -> Any:
-        from executorch.runtime import Runtime
-
-        self.method = None  # the other method's packed weights go first
         with quiet.native():
-            return Runtime.get().load_program(self.artifact).load_method(name)
+            return self.program.load_method(name)
 
     def _constant(self, name: str) -> int:
         return int(self._load(name).execute(())[0])
 
 
-def open(artifact: Path, *, threads: int | None = None) -> PteRunner:  # noqa: A001
-    """A runner over the `.pte`; `threads` None is one a core."""
+@contextmanager
+def _one_blas_thread() -> Iterator[None]:
+    """The wheel's attention kernel calls torch's BLAS, whose own threads would spin beside the runtime's.
+
+    This reaches the calling thread only. For more than one runtime thread, a process sets
+    OMP_NUM_THREADS=1 before it imports torch (`targets.SOLO_BLAS`).
+    """
+    import torch
+
+    before = torch.get_num_threads()
+    if before > 1:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        if before > 1:
+            torch.set_num_threads(before)
+
+
+def open(artifact: Path, *, threads: int = 1) -> PteRunner:  # noqa: A001
+    """A runner over the `.pte` with that many threads in this process' pool."""
     return PteRunner(artifact, threads=threads)

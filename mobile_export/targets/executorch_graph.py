@@ -22,6 +22,11 @@ if TYPE_CHECKING:
     from mobile_export.types import Program
 
 
+CHUNK = 128
+"""Positions `forward_all` answers in one call. Some runtimes set aside the planned memory of every method
+of a program, and the logits of a whole context would be more than all weights."""
+
+
 def executorch_module(program: Program, options: Options) -> torch.nn.Module:
     """A module `(tokens int64 [1, S], start int64 [1]) -> logits fp32 [1, 1, vocab]` holding its KV cache.
 
@@ -51,11 +56,13 @@ def executorch_module(program: Program, options: Options) -> torch.nn.Module:
 
 
 def every_position(forward: ExportedProgram) -> ExportedProgram:
-    """The lowered `forward` without the two nodes that keep the last position: logits [1, S, vocab].
+    """The lowered `forward` without the two nodes that keep the last position: logits [1, S, vocab], S <= CHUNK.
 
     Its delegates are those of `forward`, bit for bit: what parity proves of one holds for the other.
     """
     import torch
+    import torch.utils._pytree as pytree
+    from executorch.exir.passes.spec_prop_pass import make_spec
     from torch.export import ExportedProgram
 
     graph = torch.fx.Graph()
@@ -64,7 +71,7 @@ def every_position(forward: ExportedProgram) -> ExportedProgram:
     (select,) = (node for node in graph.nodes if _name(node) == "aten.select_copy.int")
     (keep,) = select.users
     hidden = select.args[0]
-    length = hidden.meta["val"].shape[1]
+    length = torch.sym_min(hidden.meta["val"].shape[1], CHUNK)
     keep.replace_all_uses_with(hidden)
     graph.erase_node(keep)
     graph.erase_node(select)
@@ -73,6 +80,7 @@ def every_position(forward: ExportedProgram) -> ExportedProgram:
             break
         if "val" in node.meta and node.op == "call_function":
             node.meta["val"] = _lengthen(node.meta["val"], length)
+            node.meta["spec"] = pytree.tree_map(make_spec, node.meta["val"])
     return ExportedProgram(
         root=forward.graph_module,
         graph=graph,
