@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch.fx import GraphModule, Node
 
     from mobile_export.recipe import ExecuTorch as Options
-    from mobile_export.types import Program
+    from mobile_export.types import Dims, Program
 
 
 CHUNK = 128
@@ -34,7 +34,7 @@ def executorch_module(program: Program, options: Options) -> torch.nn.Module:
     """
     import torch
 
-    body = _Lowering(program).run()
+    body = _Lowering(program, options).run()
     dims = program.dims
 
     class WithCache(torch.nn.Module):
@@ -42,21 +42,37 @@ def executorch_module(program: Program, options: Options) -> torch.nn.Module:
             super().__init__()
             self.body = body
             for index in range(2 * dims.layers):
-                cache = torch.zeros(1, dims.context, dims.kv_heads, dims.head_dim)
-                self.register_buffer(f"cache_{index}", cache, persistent=False)
+                for part, (width, dtype) in _cache_parts(options, dims).items():
+                    state = torch.zeros(1, dims.context, dims.kv_heads, width, dtype=dtype)
+                    self.register_buffer(f"{part}_{index}", state, persistent=False)
 
         def forward(self, tokens: Tensor, start: Tensor) -> Tensor:
             position = start.item()
             torch._check(position >= 0)
             torch._check(position + tokens.shape[1] <= dims.context)
-            caches = (getattr(self, f"cache_{index}") for index in range(2 * dims.layers))
+            caches = [
+                getattr(self, f"{part}_{index}")
+                for part in _cache_parts(options, dims)
+                for index in range(2 * dims.layers)
+            ]
             return self.body(tokens, start, *caches, position)
 
     return WithCache()
 
 
+def _cache_parts(options: Options, dims: Dims) -> dict[str, tuple[int, torch.dtype]]:
+    """What a KV cache is made of: last dimension and dtype by name, of [1, context, kv_heads, _]."""
+    import torch
+
+    if options.kv_cache == "fp32":
+        return {"cache": (dims.head_dim, torch.float32)}
+    return {"cache": (dims.head_dim, torch.int8), "scales": (1, torch.float32), "zeros": (1, torch.int8)}
+
+
 def every_position(forward: ExportedProgram) -> ExportedProgram:
-    """The lowered `forward` without the two nodes that keep the last position: logits [1, S, vocab], S <= CHUNK.
+    """The lowered `forward` without the two nodes that keep the last position.
+
+    Logits are [1, S, vocab], S at most CHUNK.
 
     Its delegates are those of `forward`, bit for bit: what parity proves of one holds for the other.
     """
@@ -108,13 +124,19 @@ def _name(node: Node) -> str:
 class _Lowering:
     """Rewrites one program's graph, op by op."""
 
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: Program, options: Options) -> None:
         import torch
 
         self.module: GraphModule = editable(program.exported)
         self.graph = self.module.graph
         self.graph.set_codegen(torch.fx.graph.CodeGen())  # flat arguments: one more follows
         self.aten = torch.ops.aten
+        caches = self.graph.find_nodes(op="placeholder")[2:]
+        self.extra = {
+            part: {cache: self._placeholder(f"{part}_{cache.name}") for cache in caches}
+            for part in _cache_parts(options, program.dims)
+            if part != "cache"
+        }
         self.position = self._placeholder("position")
         self.cos, self.sin = self._rotary_rows(*rotary_tables(program))
         self.quantized: dict[Node, Node] = {}
@@ -206,15 +228,37 @@ class _Lowering:
     def _update_cache(self, node: Node, cache: Node, new: Node, start: Node) -> Node:
         import torch
 
-        self._call(torch.ops.llama.update_cache.default, self._swap_heads(new), cache, self.position)
+        new = self._swap_heads(new)
+        parts = {cache: new}
+        if self.extra:
+            codes, scales, zeros = self._per_token(new)
+            parts = {cache: codes, self.extra["scales"][cache]: scales, self.extra["zeros"][cache]: zeros}
+        for state, value in parts.items():
+            self._call(torch.ops.llama.update_cache.default, value, state, self.position)
         return cache
 
     def _attention(self, node: Node, q: Node, k: Node, v: Node, start: Node, scale: float) -> Node:
         import torch
 
-        sdpa = torch.ops.llama.custom_sdpa.default
         q = self._swap_heads(q)
-        return self._swap_heads(self._call(sdpa, q, k, v, self.position, None, 0.0, True, scale))
+        how = (self.position, None, 0.0, True, scale)
+        if not self.extra:
+            return self._swap_heads(self._call(torch.ops.llama.custom_sdpa.default, q, k, v, *how))
+        codes, scales, zeros = self._per_token(q)
+        of_cache = [self.extra[part][cache] for cache in (k, v) for part in ("zeros", "scales")]
+        sdpa = torch.ops.llama.custom_quantized_sdpa.default
+        return self._swap_heads(self._call(sdpa, codes, k, v, *how, zeros, scales, *of_cache))
+
+    def _per_token(self, x: Node) -> tuple[Node, Node, Node]:
+        """int8 codes of x [1, S, H, D] with fp32 scales and int8 zero points [1, S, H, 1]."""
+        import torch
+
+        q = torch.ops.quantized_decomposed
+        chosen = self._call(q.choose_qparams_per_token_asymmetric.default, x, torch.int8)
+        scale, zero = (self._call(operator.getitem, chosen, index) for index in (0, 1))
+        codes = self._call(q.quantize_per_token.default, x, scale, zero, -128, 127, torch.int8)
+        to = self.aten.to.dtype
+        return codes, self._call(to, scale, torch.float32), self._call(to, zero, torch.int8)
 
     def _view(self, node: Node, x: Node, shape: list[Any]) -> Node:
         """XNNPACK reshapes one dynamic dimension, if the shape leaves it to be inferred."""
