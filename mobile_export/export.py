@@ -15,7 +15,6 @@ from mobile_export.recipe import Recipe, load_recipe
 from mobile_export.targets import PLATFORMS, target
 
 if TYPE_CHECKING:
-    from mobile_export.golden import Golden
     from mobile_export.latency.host import Speed
     from mobile_export.passes.runner import Ran
     from mobile_export.types import Checkpoint, Program
@@ -131,6 +130,7 @@ def _prove(checkpoint: Checkpoint, recipe: Recipe, runner: Any) -> tuple[dict[st
     from mobile_export.golden import selftest
     from mobile_export.observe import consistency, observe
     from mobile_export.parity import check, compare, rounded
+    from mobile_export.short_golden import short_golden
 
     golden = short_golden(checkpoint, recipe.context)
     observed = observe(runner, golden.cases, {"source": golden.observation})
@@ -152,26 +152,6 @@ def _prove(checkpoint: Checkpoint, recipe: Recipe, runner: Any) -> tuple[dict[st
             "nothing was written; report it with the output of `mobile-export doctor`",
         )
     return rounded(metrics), selftest(golden.cases, observed)
-
-
-def short_golden(checkpoint: Checkpoint, context: int) -> Golden:
-    """What the source says on the short prompts: the committed golden, else recorded now and cached."""
-    from mobile_export import golden
-    from mobile_export.checkpoint import cache
-    from mobile_export.prompts import Prompts, load_prompts
-
-    prompts = load_prompts()
-    try:
-        found = golden.find(checkpoint, prompts)
-    except ExportError:
-        short = Prompts(tuple(prompt for prompt in prompts.items if prompt.short), prompts.sha256)
-        kept = cache.root() / "goldens" / checkpoint.digest[:16]
-        try:
-            found = golden.find(checkpoint, short, kept)
-        except ExportError:
-            found = golden.record(checkpoint, short)
-            golden.save(found, kept / checkpoint.name)
-    return found.subset(short=True, context=context)
 
 
 def _notice(checkpoint: Checkpoint) -> str:

@@ -47,8 +47,10 @@ class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def golden_folder() -> Path:
-    """The folder of the committed prompt set and goldens, beside the package."""
-    return Path(__file__).parent.parent / "golden"
+    """The folder of the committed prompt set and goldens: beside the package, or in it once installed."""
+    package = Path(__file__).parent
+    installed = package / "_golden"
+    return installed if installed.is_dir() else package.parent / "golden"
 
 
 def load_prompts(path: Path | None = None) -> Prompts:

@@ -56,9 +56,9 @@ class Parity(_Table, frozen=True):
     """What each stage may lose against the stage before it, and the artefact against the source."""
 
     traced: Threshold = Threshold(kl_mean=1e-6, top1=0.999)
-    quantized: Threshold = Threshold(kl_mean=0.01, top1=0.95)
-    artifact: Threshold = Threshold(kl_mean=0.01, top1=0.95)
-    total: Threshold = Threshold(kl_mean=0.02, top1=0.94)
+    quantized: Threshold = Threshold(kl_mean=0.005, top1=0.96)
+    artifact: Threshold = Threshold(kl_mean=0.01, top1=0.94)
+    total: Threshold = Threshold(kl_mean=0.012, top1=0.93)
     cut: Cut = Cut()
 
 

@@ -40,9 +40,9 @@ def inputs(bundle: Bundle, *, model: str | None = None, short: bool = False) -> 
     Raises ExportError when the source is another one, or has no golden.
     """
     from mobile_export.checkpoint import resolve
-    from mobile_export.export import short_golden
     from mobile_export.golden import find
     from mobile_export.prompts import load_prompts
+    from mobile_export.short_golden import short_golden
 
     recipe = parse_recipe(dict(bundle.manifest.recipe.table))
     with console.step("model"):
