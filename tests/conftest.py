@@ -1,0 +1,121 @@
+"""What tests share: a small model and its bundle, the real bundle, the command in a process of its own."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+import mobile_export
+
+CACHE = "MOBILE_EXPORT_CACHE"
+USERS_CACHE = os.environ.get(CACHE)
+SANDBOX = "sandbox:{}?layers=2&hidden=64&vocab=1024"
+"""Its head's codes are as large as what a `.pte` stores once: see pte_share.SMALLEST."""
+CONTEXT = 64
+
+
+def pytest_sessionstart(session):
+    """Unit tests never touch the user's cache."""
+    session.config.cache_of_tests = tempfile.mkdtemp(prefix="mobile-export-tests-")
+    os.environ[CACHE] = session.config.cache_of_tests
+
+
+def pytest_sessionfinish(session):
+    shutil.rmtree(session.config.cache_of_tests, ignore_errors=True)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item, nextitem):
+    """Real tests do use it: the models there took minutes to fetch. Fixtures of all scopes see it too."""
+    if item.get_closest_marker("real") is None:
+        return (yield)
+    before = os.environ.pop(CACHE)
+    if USERS_CACHE is not None:
+        os.environ[CACHE] = USERS_CACHE
+    try:
+        return (yield)
+    finally:
+        os.environ[CACHE] = before
+
+
+@pytest.fixture(scope="session")
+def spec():
+    """The small model's name, by family."""
+    return lambda family="qwen2", more="": SANDBOX.format(family) + more
+
+
+@pytest.fixture(scope="session")
+def programs_of():
+    """(checkpoint, traced, quantized) of a model's name, from the session's cache once they are there."""
+    from mobile_export import passes
+    from mobile_export.checkpoint import resolve
+    from mobile_export.recipe import load_recipe
+
+    def run(name, context=CONTEXT):
+        checkpoint, recipe = resolve(name), load_recipe("sandbox", context=context)
+        quantized = passes.run(checkpoint, recipe).program
+        return checkpoint, passes.run(checkpoint, recipe, last="trace").program, quantized
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def exported(spec, tmp_path_factory):
+    """The small model's export, one a session. Tests that alter it copy it first."""
+    from mobile_export.export import export
+
+    out = tmp_path_factory.mktemp("exported") / "android"
+    return export("android", model=spec(), context=CONTEXT, out=out, measure=False)
+
+
+@pytest.fixture(scope="session")
+def sandbox_bundle(exported):
+    """The small model's bundle, opened."""
+    from mobile_export.bundle import load
+
+    return load(Path(exported.folder))
+
+
+@pytest.fixture(scope="session")
+def real_bundle(tmp_path_factory):
+    """The default model's bundle, exported once a session unless MOBILE_EXPORT_REAL_BUNDLE names one."""
+    from mobile_export.bundle import load, verify
+    from mobile_export.export import export
+
+    given = os.environ.get("MOBILE_EXPORT_REAL_BUNDLE")
+    folder = Path(given) if given else tmp_path_factory.mktemp("real") / "android"
+    if not given:
+        export("android", out=folder, measure=False)
+    bundle = load(folder)
+    verify(bundle)
+    return bundle
+
+
+@pytest.fixture(scope="session")
+def command():
+    """Arguments and environment of `python -m mobile_export ...` from any folder, as a user runs it."""
+    paths = [str(Path(mobile_export.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+
+    def build(*arguments, **env):
+        path = os.pathsep.join(filter(None, paths))
+        return {
+            "args": [sys.executable, "-m", "mobile_export", *map(str, arguments)],
+            "env": {**os.environ, "PYTHONPATH": path, **env},
+        }
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def cli(command):
+    """Run the command to its end."""
+
+    def run(*arguments, env=None, **more):
+        kept = {"capture_output": True, "text": True, "timeout": 600, **more}
+        return subprocess.run(**command(*arguments, **(env or {})), **kept)
+
+    return run

@@ -69,7 +69,7 @@ def quantize_per_channel(weight: Tensor) -> tuple[Tensor, Tensor]:
     import torch
 
     scales = weight.abs().amax(dim=1) / 127
-    scales = torch.where(scales > 0, scales, torch.ones_like(scales))
+    scales = torch.where(scales == 0, torch.ones_like(scales), scales)  # NaN stays: the check sees it
     codes = torch.empty_like(weight, dtype=torch.int8)
     for rows in range(0, len(weight), 8192):  # in slices: the whole in fp32 would double peak memory
         part = slice(rows, rows + 8192)
