@@ -71,7 +71,9 @@ def export(
 
 def default_recipe(model: str | None) -> str:
     """The recipe of a model for which none is named."""
-    return "sandbox" if (model or "").startswith("sandbox:") else "int8"
+    from mobile_export.checkpoint import catalog
+
+    return "sandbox" if (model or "").startswith("sandbox:") else catalog.recipe_of(model)
 
 
 def _refuse_context(checkpoint: Checkpoint, recipe: Recipe) -> None:
@@ -139,7 +141,8 @@ def _prove(checkpoint: Checkpoint, recipe: Recipe, runner: Any) -> tuple[dict[st
         raise ExportError(
             f"the artefact does not say what the model says: KL {metrics.kl_mean}, top-1 {metrics.top1:.3f} "
             f"over {metrics.positions} positions, {metrics.broken} of them not finite",
-            "nothing was written; run `mobile-export doctor`, or report it with its output",
+            "nothing was written; if this model just loses more in int8, use a recipe with wider limits "
+            "(e.g. --recipe int8-loose), else report it with the output of `mobile-export doctor`",
         )
     cut = recipe.parity.cut
     agreed = consistency(

@@ -33,6 +33,8 @@ class _Model(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field=
     """SPDX id."""
     notice: str
     """What a bundle must say about the weights' origin and licence."""
+    recipe: str = "int8"
+    """The recipe of an export that names none."""
 
 
 class Wheels(_Model, frozen=True, tag="wheels", kw_only=True):
@@ -68,6 +70,11 @@ def load() -> Catalog:
 def default_name() -> str:
     """The model of an export that names none."""
     return load().default
+
+
+def recipe_of(name: str | None) -> str:
+    """The recipe for a model in the catalog (None: the default one), and for all others."""
+    return next((model.recipe for model in load().model if model.name == name), "int8")
 
 
 def names() -> list[str]:

@@ -57,6 +57,10 @@ class Trace:
 def dims_of(model: PreTrainedModel, context: int) -> Dims:
     """Sizes from the model's config; a context past the model's own is refused."""
     config: Any = model.config
+    if any(kind != "full_attention" for kind in getattr(config, "layer_types", None) or ()):
+        raise ExportError(
+            "this model has layers with sliding or linear attention", "use one with full attention only"
+        )
     if context > config.max_position_embeddings:
         raise ExportError(
             f"context {context} is past the model's {config.max_position_embeddings}",
@@ -123,7 +127,6 @@ def _pure(model: PreTrainedModel) -> torch.nn.Module:
             hidden = self.backbone(
                 input_ids=tokens,
                 position_ids=positions,
-                attention_mask={"full_attention": None},
                 past_key_values=cache,
                 use_cache=True,
                 start=start,
@@ -145,12 +148,11 @@ def _attention(
 def _dialect_in(model: PreTrainedModel) -> Iterator[None]:
     """While open, the model's norms, rotary and attention call our operators."""
     import torch
-    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers import AttentionInterface
 
     from mobile_export import dialect
 
-    AttentionInterface.register(ATTENTION, _attention)
-    AttentionMaskInterface.register(ATTENTION, lambda *_, **__: None)
+    AttentionInterface.register(ATTENTION, _attention)  # without a mask function, no mask is made
 
     class Norm(torch.nn.Module):
         def __init__(self, norm: Any) -> None:
