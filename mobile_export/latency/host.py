@@ -53,12 +53,13 @@ def _measure_here(folder: Path, threads: int) -> Speed:
     runner.last_logits([7], 0)
     loaded = time.perf_counter() - begin
     prompt = [7 + index % 251 for index in range(max(min(PREFILL, runner.context - DECODE), 1))]
+    steps = min(DECODE, runner.context - len(prompt))
 
     def prefill() -> None:
         runner.last_logits(prompt, 0)
 
     def decode() -> None:
-        for step in range(min(DECODE, runner.context - len(prompt))):
+        for step in range(steps):
             runner.last_logits([11 + step], len(prompt) + step)
 
     first, rest = zip(*[(_timed(prefill), _timed(decode)) for _ in range(ROUNDS + 1)], strict=True)
@@ -66,7 +67,7 @@ def _measure_here(folder: Path, threads: int) -> Speed:
         threads=threads,
         load_seconds=round(loaded, 3),
         prefill=round(len(prompt) / statistics.median(first[1:]), 1),
-        decode=round(DECODE / statistics.median(rest[1:]), 1),
+        decode=round(steps / statistics.median(rest[1:]), 1),
         peak_bytes=_peak_bytes(),
     )
 
