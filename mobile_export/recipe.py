@@ -24,7 +24,7 @@ class Quantize(_Table, frozen=True):
 class ExecuTorch(_Table, frozen=True):
     """Options of the ExecuTorch target."""
 
-    kv_cache: Literal["fp32", "int8"] = "fp32"
+    kv_cache: Literal["fp32", "fp16", "int8"] = "fp32"
     """Type of the KV cache inside the `.pte`: int8 is per token and head, with fp32 scales."""
     all_logits: bool = True
     """Add the method `forward_all` (logits at every position) that full parity needs."""

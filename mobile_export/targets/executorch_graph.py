@@ -64,8 +64,9 @@ def _cache_parts(options: Options, dims: Dims) -> dict[str, tuple[int, torch.dty
     """What a KV cache is made of: last dimension and dtype by name, of [1, context, kv_heads, _]."""
     import torch
 
-    if options.kv_cache == "fp32":
-        return {"cache": (dims.head_dim, torch.float32)}
+    if options.kv_cache != "int8":
+        dtype = torch.float16 if options.kv_cache == "fp16" else torch.float32
+        return {"cache": (dims.head_dim, dtype)}
     return {"cache": (dims.head_dim, torch.int8), "scales": (1, torch.float32), "zeros": (1, torch.int8)}
 
 
@@ -137,6 +138,7 @@ class _Lowering:
             for part in _cache_parts(options, program.dims)
             if part != "cache"
         }
+        self.half = options.kv_cache == "fp16"
         self.position = self._placeholder("position")
         self.cos, self.sin = self._rotary_rows(*rotary_tables(program))
         self.quantized: dict[Node, Node] = {}
@@ -229,7 +231,7 @@ class _Lowering:
         import torch
 
         new = self._swap_heads(new)
-        parts = {cache: new}
+        parts = {cache: self._half(new)}
         if self.extra:
             codes, scales, zeros = self._per_token(new)
             parts = {cache: codes, self.extra["scales"][cache]: scales, self.extra["zeros"][cache]: zeros}
@@ -243,11 +245,18 @@ class _Lowering:
         q = self._swap_heads(q)
         how = (self.position, None, 0.0, True, scale)
         if not self.extra:
-            return self._swap_heads(self._call(torch.ops.llama.custom_sdpa.default, q, k, v, *how))
+            out = self._call(torch.ops.llama.custom_sdpa.default, self._half(q), k, v, *how)
+            return self._swap_heads(self._call(self.aten.to.dtype, out, torch.float32) if self.half else out)
         codes, scales, zeros = self._per_token(q)
         of_cache = [self.extra[part][cache] for cache in (k, v) for part in ("zeros", "scales")]
         sdpa = torch.ops.llama.custom_quantized_sdpa.default
         return self._swap_heads(self._call(sdpa, codes, k, v, *how, zeros, scales, *of_cache))
+
+    def _half(self, x: Node) -> Node:
+        """x in the dtype of a float KV cache."""
+        import torch
+
+        return self._call(self.aten.to.dtype, x, torch.float16) if self.half else x
 
     def _per_token(self, x: Node) -> tuple[Node, Node, Node]:
         """int8 codes of x [1, S, H, D] with fp32 scales and int8 zero points [1, S, H, 1]."""
