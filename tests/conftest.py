@@ -1,5 +1,7 @@
 """What tests share: a small model and its bundle, the real bundle, the command in a process of its own."""
 
+import json
+import mmap
 import os
 import shutil
 import subprocess
@@ -117,5 +119,51 @@ def cli(command):
     def run(*arguments, env=None, **more):
         kept = {"capture_output": True, "text": True, "timeout": 600, **more}
         return subprocess.run(**command(*arguments, **(env or {})), **kept)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def named_data():
+    """The blobs that a `.pte` holds by name, one after another."""
+    from mobile_export.flatbuffer import Table
+    from mobile_export.pte_share import HEADER
+
+    def blobs(path):
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            base, program = HEADER.unpack_from(data, 8)[3], Table.root(data)
+            spans = [(base + table.number(0, "Q"), table.number(1, "Q")) for table in program.tables(4)]
+            for table in program.tables(7):
+                at, size = spans[table.number(1, "I")]
+                yield data[at : at + size]
+
+    return blobs
+
+
+STOCK = """
+import json, sys
+import executorch.kernels.quantized
+from executorch.extension.llm.custom_ops import custom_ops
+from executorch.extension.llm.runner import GenerationConfig, TextLLMRunner
+
+model, tokenizer, prompt, count, out = sys.argv[1:]
+pieces = []
+config = GenerationConfig(echo=False, max_new_tokens=int(count), temperature=0.0)
+TextLLMRunner(model, tokenizer).generate(prompt, config, pieces.append)
+open(out, "w", encoding="utf-8").write(json.dumps(pieces))
+"""
+
+
+@pytest.fixture
+def stock_runner(tmp_path):
+    """Pieces of text from ExecuTorch's own LLM runner, greedy, on a bundle's files."""
+
+    def run(bundle, prompt, count):
+        files = [str(bundle.path(role)) for role in ("program", "tokenizer-runner")]
+        out = tmp_path / "pieces.json"
+        command = [sys.executable, "-c", STOCK, *files, prompt, str(count), str(out)]
+        done = subprocess.run(command, capture_output=True, timeout=300)
+        assert done.returncode == 0, done.stderr.decode(errors="replace")[-2000:]
+        return json.loads(out.read_text("utf-8"))
 
     return run

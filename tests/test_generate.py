@@ -105,3 +105,20 @@ def test_a_temperature_draws_by_its_seed(sandbox_bundle):
     assert draw(1.0, 3) == draw(1.0, 3)
     assert len({draw(1.0, seed) for seed in range(4)}) == 4
     assert draw(1e-9, 5) == draw(0.0, 6)
+
+
+def test_the_stock_runner_says_the_same(sandbox_bundle, tokenizer, greedy, stock_runner):
+    """Its Python binding takes whole characters only, which a random model seldom says for long."""
+
+    def clean(prompt):
+        made = greedy(tokenizer(prompt)["input_ids"], 12)
+        texts = [tokenizer.decode([token]) for token in made]
+        return next((at for at, text in enumerate(texts) if not text.isascii() or made[at] > 1020), 12)
+
+    prompt = max((f"{word} is" for word in "one two three four five six seven eight".split()), key=clean)
+    count = clean(prompt)
+    assert count >= 3
+    pieces = stock_runner(sandbox_bundle, prompt, count)
+    assert len(pieces) == count
+    ours = generate(ending_at(sandbox_bundle), prompt, raw=True, max_tokens=count)
+    assert "".join(pieces) == "".join(ours)
