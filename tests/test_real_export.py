@@ -28,7 +28,7 @@ def test_it_is_small_and_runs_in_its_delegate(real_bundle):
     program = real_bundle.path("program")
     assert program.stat().st_size <= 505e6
     summary = pte.read(program)
-    assert summary.segments["shared"] == 151_936 * 896, "the tied codes stand once"
+    assert summary.segments["shared"] == 151_936 * (896 + 4), "tied codes and scales stand once"
     for method in summary.methods:
         assert method.delegates == {"XnnpackBackend": 26}
         assert not {name for name in method.operators if "linear" in name or "mul" in name or "mm" in name}
@@ -70,7 +70,7 @@ def test_its_code_does_what_was_asked(real_bundle):
     assert done.stdout.endswith("right\n"), (answer, done.stderr)
 
 
-@pytest.mark.parametrize("ask", ["Name three primary colours.", "What does the word cafe\u0301 mean? 一句话。"])
+@pytest.mark.parametrize("ask", ["Name three primary colours.", "Write two sentences about a cafe\u0301 in 北京."])
 def test_the_stock_runner_says_the_same(real_bundle, stock_runner, ask):
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
@@ -88,7 +88,7 @@ def test_the_stock_runner_says_the_same(real_bundle, stock_runner, ask):
     theirs = stock_runner(real_bundle, unicodedata.normalize("NFC", text), 40)
     ours = "".join(generate(real_bundle, ask, max_tokens=40))
     assert "".join(theirs).removesuffix("<|im_end|>").rstrip("\ufffd") == ours.rstrip("\ufffd")
-    assert len(ours) > 20
+    assert len(ours) > 10
 
 
 def test_its_quantized_program_says_nearly_what_it_says(given):
