@@ -5,8 +5,6 @@ import math
 import pytest
 import torch
 
-from mobile_export import dialect  # noqa: F401: importing registers the operators
-
 OPS = torch.ops.mobile
 
 
@@ -74,9 +72,7 @@ def test_linear_int8(biased):
     for row in range(3):
         for out in range(4):
             total = sum(float(x[0, row, i]) * int(codes[out, i]) * float(scales[out]) for i in range(6))
-            assert math.isclose(
-                given[0, row, out], total + (float(bias[out]) if biased else 0), abs_tol=1e-3
-            )
+            assert math.isclose(given[0, row, out], total + (float(bias[out]) if biased else 0), abs_tol=1e-3)
 
 
 def test_embedding_int8():

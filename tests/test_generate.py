@@ -85,7 +85,9 @@ def test_a_prompt_that_leaves_no_room(sandbox_bundle, tokenizer):
     words = "zq" * 70
     count = len(tokenizer(words)["input_ids"])
     assert count > 64
-    with pytest.raises(ExportError, match=f"the prompt has {count} tokens, and the bundle's context is 64; s"):
+    with pytest.raises(
+        ExportError, match=f"the prompt has {count} tokens, and the bundle's context is 64; s"
+    ):
         next(generate(sandbox_bundle, words, raw=True))
     with pytest.raises(ExportError, match="the prompt has 0 tokens"):
         next(generate(sandbox_bundle, "", raw=True))
@@ -115,7 +117,8 @@ def test_the_stock_runner_says_the_same(sandbox_bundle, tokenizer, greedy, stock
         texts = [tokenizer.decode([token]) for token in made]
         return next((at for at, text in enumerate(texts) if not text.isascii() or made[at] > 1020), 12)
 
-    prompt = max((f"{word} is" for word in "one two three four five six seven eight".split()), key=clean)
+    words = ["one", "two", "three", "four", "five", "six", "seven", "eight"]
+    prompt = max((f"{word} is" for word in words), key=clean)
     count = clean(prompt)
     assert count >= 3
     pieces = stock_runner(sandbox_bundle, prompt, count)

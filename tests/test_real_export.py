@@ -70,7 +70,9 @@ def test_its_code_does_what_was_asked(real_bundle):
     assert done.stdout.endswith("right\n"), (answer, done.stderr)
 
 
-@pytest.mark.parametrize("ask", ["Name three primary colours.", "Write two sentences about a cafe\u0301 in 北京."])
+@pytest.mark.parametrize(
+    "ask", ["Name three primary colours.", "Write two sentences about a cafe\u0301 in 北京."]
+)
 def test_the_stock_runner_says_the_same(real_bundle, stock_runner, ask):
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast

@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from mobile_export import dialect  # noqa: F401: importing registers the operators
 from mobile_export.errors import ExportError
 from mobile_export.parity import kl_divergence
 from mobile_export.passes.quantize import Quantize, quantize_per_channel
@@ -91,9 +90,7 @@ def test_each_float_matrix_became_its_codes(both):
 def weights_read(program, op):
     """Names of the codes and scales that calls of an operator read."""
     graph = editable(program.exported).graph
-    return [
-        (str(node.args[1].target), str(node.args[2].target)) for node in graph.nodes if node.target == op
-    ]
+    return [(str(node.args[1].target), str(node.args[2].target)) for node in graph.nodes if node.target == op]
 
 
 def test_a_tied_head_and_embedding_read_one_tensor(both):
