@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from mobile_export import passes  # noqa: F401: dialect registers its operators
+from mobile_export import passes  # noqa: F401 - dialect registers its operators
 from mobile_export.checkpoint import resolve
 from mobile_export.errors import ExportError
 from mobile_export.passes.trace import Trace, op_counts
