@@ -62,7 +62,7 @@ class Runtime(_Table, frozen=True):
 
 
 class TensorInfo(_Table, frozen=True):
-    """A method's input or output. A string in `shape` names a dimension that varies."""
+    """A method's input or output. A string in `shape` names a dimension that varies, and its bound."""
 
     name: str
     dtype: str

@@ -164,17 +164,19 @@ def _constants(dims: Dims) -> dict[str, Any]:
 
 
 def _methods(dims: Dims, options: Options) -> list[Method]:
-    inputs = [TensorInfo(name="tokens", dtype="int64", shape=[1, "length"])]
-    inputs.append(TensorInfo(name="start", dtype="int64", shape=[1]))
-    lengths: dict[str, int | str] = {"forward": 1} | ({"forward_all": "length"} if options.all_logits else {})
-    return [
-        Method(
+    def method(name: str, length: str, answers: int | str) -> Method:
+        return Method(
             name=name,
-            inputs=inputs,
-            outputs=[TensorInfo(name="logits", dtype="fp32", shape=[1, length, dims.vocab])],
+            inputs=[
+                TensorInfo(name="tokens", dtype="int64", shape=[1, length]),
+                TensorInfo(name="start", dtype="int64", shape=[1]),
+            ],
+            outputs=[TensorInfo(name="logits", dtype="fp32", shape=[1, answers, dims.vocab])],
         )
-        for name, length in lengths.items()
-    ]
+
+    most = f"length<={min(CHUNK, dims.context)}"
+    every = [method("forward_all", most, most)] if options.all_logits else []
+    return [method("forward", f"length<={dims.context}", 1), *every]
 
 
 class PteRunner:
