@@ -13,7 +13,8 @@ from mobile_export.files import write_file
 from mobile_export.manifest import Contract, Method, Runtime, TensorInfo
 from mobile_export.pte_share import share_constants
 from mobile_export.targets import Lowered
-from mobile_export.targets.executorch_graph import CHUNK, every_position, executorch_module
+from mobile_export.targets.executorch_every import CHUNK, every_position
+from mobile_export.targets.executorch_graph import executorch_module
 from mobile_export.types import Checkpoint, Dims, Program
 
 if TYPE_CHECKING:
