@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
+from mobile_export import dialect
 from mobile_export.errors import ExportError
 from mobile_export.parity import kl_divergence
 from mobile_export.passes.quantize import Quantize, quantize_per_channel
@@ -19,6 +20,7 @@ from mobile_export.rewrite import editable, reexport
 from mobile_export.targets import reference
 from mobile_export.types import Program
 
+assert dialect.rotary is not None  # importing it registered the operators
 FAMILIES = ("qwen2", "qwen3", "llama")
 TOKENS = [3 + 37 * index % 1000 for index in range(64)]
 RECIPE = load_recipe("sandbox")

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from mobile_export import passes  # noqa: F401 - dialect registers its operators
+from mobile_export import dialect, passes
 from mobile_export.checkpoint import resolve
 from mobile_export.errors import ExportError
 from mobile_export.passes.trace import Trace, op_counts
@@ -13,6 +13,7 @@ from mobile_export.rewrite import editable, reexport, rotary_tables, swap
 from mobile_export.targets import reference
 from mobile_export.types import Program
 
+assert dialect.rotary is not None  # importing it registered the operators
 FAMILIES = ("qwen2", "qwen3", "llama")
 TOKENS = [3 + 37 * index % 1000 for index in range(64)]
 ATOL = 1e-4
