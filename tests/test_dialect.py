@@ -5,6 +5,9 @@ import math
 import pytest
 import torch
 
+from mobile_export import dialect
+
+assert dialect.rotary is not None  # importing it registered the operators
 OPS = torch.ops.mobile
 
 
