@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -52,11 +53,12 @@ def spec():
 
 @pytest.fixture(scope="session")
 def programs_of():
-    """(checkpoint, traced, quantized) of a model's name, from the session's cache once they are there."""
+    """(checkpoint, traced, quantized) of a model's name, made once: tests that alter one copy it."""
     from mobile_export import passes
     from mobile_export.checkpoint import resolve
     from mobile_export.recipe import load_recipe
 
+    @cache
     def run(name, context=CONTEXT):
         checkpoint, recipe = resolve(name), load_recipe("sandbox", context=context)
         quantized = passes.run(checkpoint, recipe).program

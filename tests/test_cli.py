@@ -79,7 +79,6 @@ WRONG = {
     ),
     "context 0 is too small": "android --model SANDBOX --context 0",
     "context 4097 is past the model's 4096": "android --model SANDBOX --context 4097",
-    "'letters' exists and is not a bundle": "android --model SANDBOX --context 64 --out letters",
     "there is no file or folder './none.gguf'": "android --model ./none.gguf",
     "there is no file or folder 'none'": "inspect none",
     "'none' is not a bundle: it has no manifest.json": "parity none",
