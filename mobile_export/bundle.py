@@ -74,7 +74,7 @@ def create(out: Path) -> Iterator[Draft]:
     A bundle already at `out` is replaced only then. Any error, Ctrl-C or kill leaves it as it was.
     Raises ExportError when `out` holds something other than a bundle, or the disk refuses.
     """
-    _refuse_other(out)
+    refuse_other(out)
     with disk_errors("the bundle"), new_folder(out) as folder:
         draft = Draft(folder)
         yield draft
@@ -88,6 +88,8 @@ def load(folder: Path) -> Bundle:
     Raises ExportError when there is no manifest, or it is not one that this version reads.
     """
     path = folder / MANIFEST
+    if not folder.exists():
+        raise ExportError(f"there is no folder '{folder.name}'", "name a bundle's folder")
     if not path.is_file():
         raise ExportError(f"'{folder.name}' is not a bundle: it has no {MANIFEST}", "name a bundle's folder")
     try:
@@ -158,7 +160,7 @@ def _refuse_name(name: str) -> None:
         raise ExportError(f"'{name}' cannot be a file of a bundle", "do not use this bundle: it was altered")
 
 
-def _refuse_other(out: Path) -> None:
+def refuse_other(out: Path) -> None:
     """Never delete a folder of the user's because it was named as --out."""
     empty = not out.exists() or (out.is_dir() and not any(out.iterdir()))
     if empty:

@@ -203,8 +203,7 @@ def main(command: Callable[..., Any] = cli) -> None:
     except click.exceptions.Exit as done:
         sys.exit(done.exit_code)
     except click.ClickException as error:
-        error.show()
-        sys.exit(2)
+        _fail(f"{error.format_message().rstrip('.')}; see `mobile-export --help`", 2)
     except (KeyboardInterrupt, click.exceptions.Abort):
         _fail("interrupted; nothing half written was kept", 130)
 

@@ -55,8 +55,9 @@ def export(
     with console.step("model"):
         checkpoint = resolve(model, revision=revision, progress=progress)
     _refuse_context(checkpoint, chosen)
-    passed = passes.run(checkpoint, chosen)
     folder = out or Path("dist") / checkpoint.name / platform
+    bundle.refuse_other(folder)
+    passed = passes.run(checkpoint, chosen)
     seconds: dict[str, float] = {}
     with bundle.create(folder) as draft:
         made = _fill(draft, platform, checkpoint, chosen, passed.program, seconds)

@@ -226,3 +226,28 @@ def test_threads_do_not_change_what_it_says(lowered):
     one = executorch.open(lowered[1], threads=1).logits(TOKENS, 0)
     two = executorch.open(lowered[1], threads=2).logits(TOKENS, 0)
     assert kl(one, two).max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("kind", "bytes_each", "sdpa"), [("fp16", 2, "custom_sdpa"), ("int8", 1, "custom_quantized_sdpa")]
+)
+def test_a_smaller_kv_cache_says_nearly_the_same(
+    programs_of, spec, sandbox_bundle, tmp_path, kind, bytes_each, sdpa
+):
+    quantized = programs_of(spec())[2]
+    out = tmp_path / "model.pte"
+    executorch.lower(quantized, ExecuTorch(kv_cache=kind), {"get_eos_ids": [5]}, out)
+    exact = executorch.open(sandbox_bundle.path("program"))
+    small = executorch.open(out)
+    assert 0 < kl(exact.logits(TOKENS, 0), small.logits(TOKENS, 0)).mean() < 0.01
+    whole = small.logits(TOKENS, 0)
+    assert kl(whole, cut(small, CUTS["chunks"])).max() < 0.1
+    method = next(method for method in pte.read(out).methods if method.name == "forward")
+    assert method.operators[f"llama::{sdpa}.out"] == quantized.dims.layers
+    dims = quantized.dims
+    saved = 2 * dims.layers * dims.kv_heads * dims.context * dims.head_dim * (4 - bytes_each)
+    planned = [
+        next(method for method in pte.read(path).methods if method.name == "forward").planned_bytes
+        for path in (sandbox_bundle.path("program"), out)
+    ]
+    assert planned[0] - planned[1] > saved / 2, "the state is what became smaller"
