@@ -124,8 +124,11 @@ def test_no_manifest_or_half_of_one(made, tmp_path):
     (made.folder / "manifest.json").write_bytes(data[: len(data) // 2])
     with pytest.raises(ExportError, match="manifest.json is damaged"):
         bundle.load(made.folder)
-    with pytest.raises(ExportError, match="'nothing' is not a bundle: it has no manifest.json"):
+    with pytest.raises(ExportError, match="there is no folder 'nothing'"):
         bundle.load(tmp_path / "nothing")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ExportError, match="'empty' is not a bundle: it has no manifest.json"):
+        bundle.load(tmp_path / "empty")
 
 
 @pytest.mark.parametrize(
