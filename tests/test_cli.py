@@ -81,7 +81,7 @@ WRONG = {
     "context 4097 is past the model's 4096": "android --model SANDBOX --context 4097",
     "there is no file or folder './none.gguf'": "android --model ./none.gguf",
     "there is no file or folder 'none'": "inspect none",
-    "'none' is not a bundle: it has no manifest.json": "parity none",
+    "there is no folder 'none'": "parity none",
     "'letters' is not a bundle: it has no manifest.json": "run letters hello",
     "there is no golden 'none'": "golden show none",
 }
