@@ -33,6 +33,12 @@ def tidy(module: GraphModule) -> None:
     module.recompile()
 
 
+def tensor_of(module: GraphModule, node: Node) -> Tensor:
+    """The weight or buffer that an attribute node reads."""
+    owner, _, attribute = str(node.target).rpartition(".")
+    return getattr(module.get_submodule(owner), attribute)
+
+
 def reexport(module: GraphModule, program: Program) -> ExportedProgram:
     """Export a rewritten module with the program's own signature and dynamic length."""
     import torch

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 from mobile_export.errors import ExportError
 from mobile_export.passes.trace import op_counts
+from mobile_export.rewrite import tensor_of
 from mobile_export.types import Program
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
     from torch.fx import Graph, GraphModule, Node
 
@@ -87,7 +87,7 @@ class _CodeBook:
     def of(self, weight: Node) -> tuple[Node, Node]:
         """Two attribute nodes (codes, scales), placed where `weight` is."""
         name = str(weight.target)
-        tensor = _tensor(self.module, name)
+        tensor = tensor_of(self.module, weight)
         key = tensor.data_ptr()
         if key not in self.known:
             base = name.replace(".", "_").removesuffix("_weight")
@@ -98,8 +98,3 @@ class _CodeBook:
         with graph.inserting_before(weight):
             codes, scales = (graph.get_attr(attribute) for attribute in self.known[key])
         return codes, scales
-
-
-def _tensor(module: torch.nn.Module, name: str) -> Tensor:
-    owner, _, attribute = name.rpartition(".")
-    return getattr(module.get_submodule(owner), attribute)

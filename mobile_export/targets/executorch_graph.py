@@ -10,7 +10,7 @@ from __future__ import annotations
 import operator
 from typing import TYPE_CHECKING, Any
 
-from mobile_export.rewrite import editable, rotary_tables, tidy
+from mobile_export.rewrite import editable, rotary_tables, tensor_of, tidy
 
 if TYPE_CHECKING:
     import torch
@@ -121,7 +121,7 @@ class _Lowering:
         """int8 codes times activations quantized per token at run time: XNNPACK's qd8-f32-qc8w."""
         import torch
 
-        channels = self._value(scales).shape[0]
+        channels = tensor_of(self.module, scales).shape[0]
         zeros = self._constant(f"zeros_{channels}", torch.zeros(channels, dtype=torch.int64))
         dequantize = torch.ops.quantized_decomposed.dequantize_per_channel.default
         weight = self._call(dequantize, codes, scales, zeros, 0, -127, 127, torch.int8)
@@ -150,7 +150,7 @@ class _Lowering:
     def _rms_norm(self, node: Node, x: Node, weight: Node, eps: float) -> Node:
         import torch
 
-        width = self._value(weight).shape[0]
+        width = tensor_of(self.module, weight).shape[0]
         row = self._constant(f"mean_{width}", torch.full((1, width), 1.0 / width))
         mean = self._call(self.aten.linear.default, self._call(self.aten.mul.Tensor, x, x), row)
         factor = self._call(self.aten.rsqrt.default, self._call(self.aten.add.Tensor, mean, eps))
@@ -256,10 +256,6 @@ class _Lowering:
         if not hasattr(self.module, name):
             self.module.register_buffer(name, value)
         return self.graph.get_attr(name)
-
-    def _value(self, node: Node) -> Tensor:
-        owner, _, attribute = str(node.target).rpartition(".")
-        return getattr(self.module.get_submodule(owner), attribute)
 
     def _call(self, target: Any, *args: Any) -> Node:
         return self.graph.call_function(target, args)
