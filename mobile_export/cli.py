@@ -126,6 +126,21 @@ def inspect(path: Path, as_json: bool) -> None:
 
 
 @cli.command()
+@BUNDLE
+@click.option("--strict", is_flag=True, help="Fail on warnings too.")
+@JSON
+def lint(bundle: Path, strict: bool, as_json: bool) -> None:
+    """Verify a bundle and check it against what is known of its devices; exit 1 on an error."""
+    from mobile_export.bundle import load
+    from mobile_export.lint import lint as check
+    from mobile_export.lint import render
+
+    report = check(load(bundle))
+    _print_json(report) if as_json else render(report)
+    sys.exit(1 if report.fails(strict) else 0)
+
+
+@cli.command()
 @JSON
 def doctor(as_json: bool) -> None:
     """Check this machine: packages, processor, memory, disk, cache, tools. Exit 1 when one fails."""
