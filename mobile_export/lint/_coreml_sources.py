@@ -68,6 +68,18 @@ MEMORY_LIMITS = (
     ),
     Source("8 GB: RTAB-Map on iPhone 15 Pro", "https://github.com/introlab/rtabmap/pull/1446", "reported"),
 )
+ATTENTION = (
+    Source(
+        "ExecuTorch, ANE-friendly Llama models: attention without 5-D tensors is faster, and right on iOS 26",
+        "https://github.com/pytorch/executorch/blob/main/examples/apple/coreml/llama/readme.md",
+        "reported",
+    ),
+    Source(
+        "ExecuTorch pull request 16144: attention decomposed for iOS 26's numerics",
+        "https://github.com/pytorch/executorch/pull/16144",
+        "reported",
+    ),
+)
 INT_INPUTS = (
     Source(
         "coremltools issue 2365: integer inputs bring casts and ops that are forced on the CPU",

@@ -10,6 +10,7 @@ from mobile_export.lint import Rule
 from mobile_export.lint._coreml_look import Looked, look, need, values
 from mobile_export.lint._coreml_sources import (
     ANE_WRITES,
+    ATTENTION,
     FLEXIBLE,
     HF_KEYS,
     INT_INPUTS,
@@ -118,6 +119,25 @@ def _wide(looked: Looked) -> Iterator[str]:
             text = [size or "?" for size in shape]
             wider = f"{len(found)} tensors of function {name} are wider than {_ANE_WIDEST:,}"
             yield f"{wider}, e.g. {value} {text}"
+
+
+def _five_dimensions(looked: Looked) -> Iterator[str]:
+    for name, function in looked.functions.items():
+        found = {
+            value: kind.shape
+            for op, value, kind in values(function)
+            if len(kind.shape) > 4 and not op.type.startswith((*_HELPERS, "slice_"))
+        }
+        if found:
+            value, shape = next(iter(found.items()))
+            text = [size or "?" for size in shape]
+            yield f"{len(found)} tensors of function {name} have more than 4 dimensions, e.g. {value} {text}"
+
+
+def _fused_attention(looked: Looked) -> Iterator[str]:
+    for name, function in looked.functions.items():
+        if count := sum(op.type == "scaled_dot_product_attention" for op in function.ops):
+            yield f"{count} scaled_dot_product_attention in function {name}"
 
 
 def _palettes(looked: Looked) -> Iterator[str]:
@@ -229,6 +249,13 @@ RULES = (
         WIDE,
     ),
     Rule(
+        "coreml-five-dimensions",
+        "warning",
+        _five_dimensions,
+        "keep attention in 4 dimensions (heads repeated by concat or a reshape of the query)",
+        ATTENTION,
+    ),
+    Rule(
         "coreml-palette-state",
         "warning",
         _palettes,
@@ -258,6 +285,13 @@ RULES = (
         _memory,
         "ask os_proc_available_memory before loading; what Core ML adds for its own plan is not counted",
         MEMORY_LIMITS,
+    ),
+    Rule(
+        "coreml-fused-attention",
+        "info",
+        _fused_attention,
+        "run the bundle's selftest.json on an iOS 26 device too, with the compute units that you ship",
+        ATTENTION,
     ),
     Rule(
         "coreml-integer",

@@ -139,6 +139,31 @@ def test_a_wide_head(coreml_bundle, plain):
     assert not found(plain, "coreml-wide-dimension")
 
 
+def attention(repeat):
+    """Two query heads on one key head, repeated by `repeat` over 5 or 4 dimensions."""
+    from coremltools.converters.mil import Builder as mb
+    from coremltools.converters.mil.mil import types
+
+    def body(query, cache):
+        if repeat == 5:
+            keys = mb.tile(x=mb.expand_dims(x=cache, axes=[2]), reps=[1, 1, 2, 1, 1])
+            keys = mb.reshape(x=keys, shape=[1, 2, 32, 64])
+        else:
+            keys = mb.concat(values=[cache, cache], axis=1)
+        return mb.scaled_dot_product_attention(query=query, key=keys, value=keys, name="logits")
+
+    shapes = (1, 2, 1, 64), (1, 1, 32, 64)
+    return body, [mb.TensorSpec(shape=shape, dtype=types.fp16) for shape in shapes]
+
+
+def test_attention_in_five_dimensions(coreml_bundle, plain):
+    five, four = (coreml_bundle({"main": attention(repeat)}) for repeat in (5, 4))
+    assert "[1, 1, 1, 32, 64]" in found(five, "coreml-five-dimensions")[0]
+    assert not found(four, "coreml-five-dimensions")
+    assert found(four, "coreml-fused-attention") == ["1 scaled_dot_product_attention in function main"]
+    assert not found(plain, "coreml-fused-attention")
+
+
 def test_palettes_of_4_bits_beside_a_state(coreml_bundle):
     made = {"coremltools": "9.0"}
     [message] = found(coreml_bundle({"main": palettized(4)}, tools=made), "coreml-palette-state")
