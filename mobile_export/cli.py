@@ -91,6 +91,26 @@ def parity(bundle: Path, model: str | None, quick: bool, artifact_only: bool, as
 
 
 @cli.command()
+@click.argument("bundles", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--vs", type=click.Choice(["llama.cpp"]), help="Measure a peer too, with the same weights.")
+@click.option("--peer-python", type=click.Path(path_type=Path), help="Default: what ci/bench-peer.sh made.")
+@click.option("--model", help="The source, where the bundles were made of a folder or file.")
+@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True)
+@click.option("--threads", metavar="N,N", default="1,2", show_default=True, help="Thread counts.")
+@click.option("--json", "out", type=click.Path(path_type=Path), help="Write all samples to this file.")
+def bench(bundles: tuple[Path, ...], out: Path | None, threads: str, **options: Any) -> None:
+    """Measure bundles on this machine, in turns: prefill, decode, load, memory."""
+    from mobile_export.latency import protocol, tables
+    from mobile_export.latency.bench import bench as run
+    from mobile_export.latency.bench import parse_threads
+
+    report = run(bundles, threads=parse_threads(threads), **options)
+    tables.render(report)
+    if out:
+        protocol.save(report, out)
+
+
+@cli.command()
 @BUNDLE
 @click.argument("prompt")
 @click.option("--system", help="System turn of the chat.")

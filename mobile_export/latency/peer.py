@@ -1,0 +1,74 @@
+"""The peer: llama.cpp in an environment of its own, with the same weights in Q8_0, at its best.
+
+`ci/bench-peer.sh` installs it. Flash attention on and off are two contenders: which is faster
+depends on machine and prompt, and ours are compared with the faster one of each column.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+from mobile_export.checkpoint import cache
+from mobile_export.errors import ExportError
+from mobile_export.latency import peer_gguf
+from mobile_export.latency import worker as worker_script
+from mobile_export.latency.protocol import Contender
+from mobile_export.latency.workers import Launch
+from mobile_export.types import Checkpoint
+
+NAME = "llama.cpp"
+_INSTALL = "run ci/bench-peer.sh, or name its Python with --peer-python"
+_PROBE = (
+    "import importlib.metadata as m, llama_cpp as l;"
+    "print(m.version('llama_cpp_python')); print(l.llama_print_system_info().decode().strip(' |'))"
+)
+
+
+def python(given: Path | None = None) -> Path:
+    """The Python that has the peer: `given`, else where ci/bench-peer.sh puts it."""
+    path = given or cache.root() / "peers" / NAME / "bin" / "python"
+    if not path.is_file():
+        raise ExportError(f"{NAME} is not installed", _INSTALL)
+    return path
+
+
+def contenders(checkpoint: Checkpoint, context: int, interpreter: Path) -> list[tuple[Contender, Launch]]:
+    """Flash attention off and on.
+
+    ExportError: `interpreter` has no llama-cpp-python.
+    """
+    found = _installed(interpreter)
+    file = peer_gguf.q8_0(checkpoint)
+    made = []
+    for flash in (False, True):
+        spec = {"kind": NAME, "path": str(file), "context": context, "flash_attention": flash}
+        name = f"{NAME} fa" if flash else NAME
+        contender = Contender(
+            name=name,
+            runtime=NAME,
+            peer=True,
+            file_bytes=file.stat().st_size,
+            model=checkpoint.digest,
+            options={
+                **found,
+                "weights": "Q8_0",
+                "kv cache": "fp16",
+                "flash attention": "on" if flash else "off",
+            },
+        )
+        # -P: this package's folder must not stand in for the peer's own modules.
+        command = (str(interpreter), "-P", str(worker_script.__file__))
+        made.append((contender, Launch(name, command, spec)))
+    return made
+
+
+def _installed(interpreter: Path) -> dict[str, str]:
+    done = subprocess.run([str(interpreter), "-c", _PROBE], capture_output=True, text=True)
+    if done.returncode:
+        raise ExportError(f"'{interpreter.name}' has no llama-cpp-python", _INSTALL)
+    version, system = done.stdout.splitlines()[-2:]
+    note = interpreter.parent.parent / "build.json"
+    build = json.loads(note.read_text("utf-8")) if note.is_file() else {}
+    return {"llama-cpp-python": version, "features": system, **build}
