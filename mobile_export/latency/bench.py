@@ -92,7 +92,7 @@ def bench(
         found, interpreter = _source(opened[0], model), peer.python(peer_python)
         with console.step("peer: Q8_0 GGUF"):
             entries += peer.contenders(found, context, interpreter)
-        quality = _qualities(entries, found, context, max(threads))
+        quality = _qualities(wide(entries), found, context, max(threads))
     log = _Log()
     for count in threads:
         _measure(entries, count, rounds, regimes, log)
@@ -161,12 +161,19 @@ def _source(bundle: Bundle, model: str | None) -> Checkpoint:
     return checkpoint
 
 
+def wide(entries: Sequence[Entry]) -> list[Entry]:
+    """The same with room for every position's logits, which turns have no use for."""
+    return [
+        (contender, replace(launch, spec={**launch.spec, "all_logits": True}))
+        for contender, launch in entries
+    ]
+
+
 def _qualities(entries: Sequence[Entry], checkpoint: Checkpoint, context: int, threads: int) -> list[Quality]:
     golden = _golden(checkpoint, context)
     qualities = []
     for contender, launch in entries:
-        wide = replace(launch, spec={**launch.spec, "all_logits": True})
-        with console.step(f"quality: {contender.name}") as cost, Worker(wide) as worker:
+        with console.step(f"quality: {contender.name}") as cost, Worker(launch) as worker:
             runner = RemoteRunner(worker, worker.open(threads))
             qualities.append(_quality(contender.name, runner, golden))
             cost.note = f"KL {qualities[-1].kl_mean}"

@@ -1,0 +1,153 @@
+"""The bench with real workers: two bundles of the small model, and the peer where it is installed."""
+
+import shutil
+import statistics
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from mobile_export.errors import ExportError
+from mobile_export.latency import bench, protocol, tables
+from mobile_export.latency.protocol import Regime
+
+REGIMES = (Regime(prompt=8, decode=5), Regime(prompt=32))
+
+
+@pytest.fixture(scope="module")
+def measured(sandbox_bundle, peer_python, tmp_path_factory):
+    """One run of the bench, for all tests that read its report."""
+    copy = tmp_path_factory.mktemp("bench") / "copy"
+    shutil.copytree(sandbox_bundle.folder, copy)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench, "LOADS", 1)
+        return bench.bench(
+            [sandbox_bundle.folder, copy],
+            vs="llama.cpp" if peer_python else None,
+            peer_python=peer_python,
+            rounds=2,
+            threads=(2,),
+            regimes=REGIMES,
+        )
+
+
+def test_turns_are_interleaved(measured):
+    names = [one.name for one in measured.contenders]
+    done = [(turn.round, turn.prompt, turn.contender) for turn in measured.turns]
+    assert done == [(r, regime.prompt, name) for r in (0, 1) for regime in REGIMES for name in names]
+    # Not only noted in this order: each contender waited while the others worked.
+    for name in names:
+        before, after = [turn for turn in measured.turns if turn.contender == name][:2]
+        between = measured.turns[measured.turns.index(before) + 1 : measured.turns.index(after)]
+        assert after.idle_ns > sum(turn.prefill_ns + sum(turn.decode_ns) for turn in between)
+
+
+def test_every_sample_is_kept(measured):
+    for turn in measured.turns:
+        steps = next(regime.decode for regime in REGIMES if regime.prompt == turn.prompt)
+        assert len(turn.decode_ns) == steps and len(turn.tokens) == steps + 1
+        assert turn.prefill_ns > 0 and min(turn.decode_ns, default=1) > 0 and turn.cpu_ns > 0
+    assert [(one.contender, one.threads) for one in measured.loads] == [
+        (one.name, 2) for one in measured.contenders
+    ]
+    assert all(load.ns > 0 and load.floor_bytes > 1e7 for load in measured.loads)
+    assert all(1e7 < one.peak_bytes < 4e9 for one in measured.memory)
+    assert 1e9 < measured.bandwidth[0].per_second < 1e12
+
+
+def test_two_copies_say_the_same(measured):
+    first, second = (
+        [turn.tokens for turn in measured.turns if turn.contender == one.name]
+        for one in measured.contenders[:2]
+    )
+    assert first == second
+
+
+def test_a_report_survives_json(measured, tmp_path):
+    protocol.save(measured, tmp_path / "bench.json")
+    assert protocol.load(tmp_path / "bench.json") == measured
+    text = (tmp_path / "bench.json").read_text().replace('"schema_version": 1', '"schema_version": 2')
+    (tmp_path / "later.json").write_text(text)
+    with pytest.raises(ExportError, match=r"'later.json' is no bench report of this version"):
+        protocol.load(tmp_path / "later.json")
+
+
+def test_the_table_names_everyone(measured, capsys):
+    tables.render(measured)
+    shown = capsys.readouterr().out
+    assert all(one.name in shown for one in measured.contenders)
+    assert "2 threads" in shown and "decode 5 at 8" in shown
+
+
+def test_the_peer_carries_the_same_model(measured, peer_python):
+    if peer_python is None:
+        pytest.skip("llama.cpp is not installed: ci/bench-peer.sh")
+    assert [one.name for one in measured.contenders if one.peer] == ["llama.cpp", "llama.cpp fa"]
+    for one in measured.quality:
+        assert one.kl_mean < 0.02, one
+    options = measured.contenders[-1].options
+    assert options["weights"] == "Q8_0" and options["llama-cpp-python"]
+
+
+def test_ratios_are_paired_by_round(measured):
+    """A machine that slows down between rounds slows both: what counts is each round's own ratio."""
+    ours, peer = (
+        msgspec.structs.replace(measured.contenders[0], name=name, peer=name == "peer")
+        for name in ("ours", "peer")
+    )
+    speeds = {"ours": (200, 10, 30), "peer": (100, 5, 10)}
+    turns = [
+        msgspec.structs.replace(
+            measured.turns[0], contender=name, round=i, prompt=8, prefill_ns=8 * 10**9 // speed
+        )
+        for name, row in speeds.items()
+        for i, speed in enumerate(row)
+    ]
+    report = msgspec.structs.replace(measured, contenders=(ours, peer), turns=tuple(turns))
+    assert tables.ratio(report, "ours", 2, "prefill", 8) == pytest.approx(2)
+    medians = [statistics.median(row) for row in speeds.values()]
+    assert medians[0] / medians[1] == 3
+
+
+def test_a_waiting_runtime_that_spins_is_named(measured):
+    assert tables.spinning(_waiting(measured, 0.01)) == []
+    assert tables.spinning(_waiting(measured, 0.5)) == [one.name for one in measured.contenders]
+
+
+def test_contexts_too_short_and_models_that_differ_are_refused(sandbox_bundle, tmp_path):
+    with pytest.raises(ExportError, match="a context of 64 is too short for the bench; export with --con"):
+        bench.bench([sandbox_bundle.folder])
+    other = tmp_path / "other"
+    other.mkdir()
+    text = (sandbox_bundle.folder / "manifest.json").read_text()
+    digest = sandbox_bundle.manifest.model.digest
+    (other / "manifest.json").write_text(text.replace(digest, digest[::-1]))
+    with pytest.raises(ExportError, match="these bundles hold different models"):
+        bench.bench([sandbox_bundle.folder, other], regimes=REGIMES)
+
+
+def test_round_that_says_something_else_is_no_measurement(measured):
+    changed = msgspec.structs.replace(measured.turns[-1], tokens=(1,))
+    with pytest.raises(ExportError, match="said something else in round 2 than in the first"):
+        bench._refuse_changes([*measured.turns[:-1], changed])
+
+
+def test_no_peer_is_one_line(sandbox_bundle):
+    with pytest.raises(ExportError, match="llama.cpp is not installed; run ci/bench-peer.sh"):
+        bench.bench(
+            [sandbox_bundle.folder], vs="llama.cpp", peer_python=Path("nowhere/python"), regimes=REGIMES
+        )
+
+
+@pytest.mark.parametrize("text", ["", "0", "1,", "two", "-1"])
+def test_thread_counts(text):
+    assert bench.parse_threads("1,2,1") == (1, 2)
+    with pytest.raises(ExportError, match="is no list of thread counts; write e.g. --threads 1,2"):
+        bench.parse_threads(text)
+
+
+def _waiting(report, share):
+    turns = [
+        msgspec.structs.replace(turn, idle_ns=10**9, idle_cpu_ns=int(share * 10**9)) for turn in report.turns
+    ]
+    return msgspec.structs.replace(report, turns=tuple(turns))
