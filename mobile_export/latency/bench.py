@@ -35,6 +35,7 @@ from mobile_export.latency.protocol import (
     Turn,
 )
 from mobile_export.latency.workers import Launch, RemoteRunner, Worker
+from mobile_export.short_golden import short_golden
 from mobile_export.targets import SOLO_BLAS
 
 if TYPE_CHECKING:
@@ -77,10 +78,12 @@ def bench(
     rounds: int = 5,
     threads: Sequence[int] = (1, 2),
     regimes: Sequence[Regime] = REGIMES,
+    quick: bool = False,
 ) -> Report:
     """Measure bundles, and with `vs="llama.cpp"` that peer with the same weights.
 
-    `model` names the source where a bundle was made of a folder or file. Raises ExportError when
+    With a peer, each contender is first compared with the source over the golden, or with `quick`
+    over its short prompts. `model` names the source where a bundle was made of a folder or file. Raises ExportError when
     bundles hold different models, a worker fails, or a contender does not say what the model says.
     """
     opened = [bundles.load(folder) for folder in folders]
@@ -92,7 +95,8 @@ def bench(
         found, interpreter = _source(opened[0], model), peer.python(peer_python)
         with console.step("peer: Q8_0 GGUF"):
             entries += peer.contenders(found, context, interpreter)
-        quality = _qualities(wide(entries), found, context, max(threads))
+        golden = short_golden(found, context) if quick else _golden(found, context)
+        quality = _qualities(wide(entries), golden, max(threads))
     log = _Log()
     for count in threads:
         _measure(entries, count, rounds, regimes, log)
@@ -184,7 +188,6 @@ def _golden(checkpoint: Checkpoint, context: int) -> Golden:
     """The committed golden, else the short prompts asked of the source now."""
     from mobile_export.golden import find
     from mobile_export.prompts import load_prompts
-    from mobile_export.short_golden import short_golden
 
     try:
         return find(checkpoint, load_prompts()).subset(context=context)
