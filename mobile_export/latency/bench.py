@@ -47,6 +47,8 @@ REGIMES = (Regime(prompt=128, decode=128), Regime(prompt=512))
 LOADS = 3
 SETTLE_SECONDS = 0.2
 _LOOK_SECONDS = 0.5
+_BESIDE = {"tokenizer", "tokenizer-runner", "tokenizer-config", "chat-template", "selftest", "notice"}
+"""Files that the runtime of the artefact does not read."""
 _SAME_MODEL = 0.1
 """KL in nats above which a contender does not carry the model at all."""
 
@@ -83,8 +85,9 @@ def bench(
     """Measure bundles, and with `vs="llama.cpp"` that peer with the same weights.
 
     With a peer, each contender is first compared with the source over the golden, or with `quick`
-    over its short prompts. `model` names the source where a bundle was made of a folder or file. Raises ExportError when
-    bundles hold different models, a worker fails, or a contender does not say what the model says.
+    over its short prompts. `model` names the source where a bundle was made of a folder or file.
+    Raises ExportError when bundles hold different models, a worker fails, or a contender does not
+    say what the model says.
     """
     opened = [bundles.load(folder) for folder in folders]
     context = _context(opened, regimes)
@@ -145,7 +148,7 @@ def _bundles(folders: Sequence[Path], opened: Sequence[Bundle]) -> list[Entry]:
             name=name,
             runtime=one.manifest.runtime.name,
             peer=False,
-            file_bytes=one.path("program").stat().st_size,
+            file_bytes=sum(file.bytes for file in one.manifest.files.values() if file.role not in _BESIDE),
             model=one.manifest.model.digest,
             options={**versions, "recipe": one.manifest.recipe.name, "kv cache": one.manifest.io.kv_cache},
         )
@@ -173,8 +176,7 @@ def wide(entries: Sequence[Entry]) -> list[Entry]:
     ]
 
 
-def _qualities(entries: Sequence[Entry], checkpoint: Checkpoint, context: int, threads: int) -> list[Quality]:
-    golden = _golden(checkpoint, context)
+def _qualities(entries: Sequence[Entry], golden: Golden, threads: int) -> list[Quality]:
     qualities = []
     for contender, launch in entries:
         with console.step(f"quality: {contender.name}") as cost, Worker(launch) as worker:
