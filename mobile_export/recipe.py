@@ -19,6 +19,8 @@ class Quantize(_Table, frozen=True):
     """How weights become codes. int8 symmetric per output channel is what all runtimes share."""
 
     weights: Literal["int8"] = "int8"
+    rounding: Literal["nearest", "compensated"] = "compensated"
+    """How codes are chosen: each nearest to its weight, or for the least error of the layer's output."""
 
 
 class ExecuTorch(_Table, frozen=True):

@@ -70,6 +70,8 @@ class Program:
     dims: Dims
     passes: tuple[str, ...] = ()
     """Names of the passes that made it, in order."""
+    source: Checkpoint | None = None
+    """What it was made of, for passes that need its tokenizer; the runner sets it, nothing stores it."""
 
 
 def sample_inputs(dims: Dims) -> tuple[tuple[Any, ...], dict[str, Any]]:

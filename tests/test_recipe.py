@@ -56,6 +56,7 @@ WRONG = {
     "context = 2.5": "recipe key 'context': Expected `int`, got `float`",
     "[parity.cut]\nmargin = 'wide'": "recipe key 'parity.cut.margin': Expected `float`, got `str`",
     "[executorch]\nkv_cache = 'int4'": "recipe key 'executorch.kv_cache': Invalid enum value 'int4'",
+    "[quantize]\nrounding = 'stochastic'": "recipe key 'quantize.rounding': Invalid enum value 'stochastic'",
     "executorch = 3": "recipe key 'executorch': Expected `object`, got `int`",
     "context = 0": "context 0 is too small; use --context 1 or more",
     "context = -4": "context -4 is too small",

@@ -8,12 +8,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from mobile_export.errors import ExportError
+from mobile_export.passes.calibrate import calibrate, texts
+from mobile_export.passes.rounding import Factor, compensated, quantize_per_channel
 from mobile_export.passes.trace import op_counts
 from mobile_export.rewrite import tensor_of
 from mobile_export.types import Program
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from torch.fx import Graph, GraphModule, Node
 
     from mobile_export.recipe import Recipe
@@ -24,15 +25,20 @@ class Quantize:
 
     name = "quantize"
     reads = ("quantize",)
+    data = ("calibration.toml",)
 
     def run(self, program: Program, recipe: Recipe) -> Program:
-        """Replace every `aten.linear` and `aten.embedding` by its int8 form."""
+        """Replace every `aten.linear` and `aten.embedding` by its int8 form.
+
+        `quantize.rounding = "compensated"` needs the program's source, for its tokenizer.
+        """
         import torch
 
         from mobile_export.rewrite import editable, reexport, swap
 
         module = editable(program.exported)
-        codes = _CodeBook(module)
+        factors = _factors(module, program) if recipe.quantize.rounding == "compensated" else {}
+        codes = _CodeBook(module, factors)
         for node in list(module.graph.nodes):
             if node.target == torch.ops.aten.linear.default:
                 x, weight, *bias = node.args
@@ -61,40 +67,43 @@ class Quantize:
                 raise ExportError(f"quantize made unusable values in '{name}'", "check the source weights")
 
 
-def quantize_per_channel(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Symmetric int8 of a weight fp32 [N, K]: codes int8 [N, K] in [-127, 127], scales fp32 [N].
-
-    scale = max|row| / 127 (a row of zeros gets scale 1); codes = round half to even.
-    """
+def _factors(module: GraphModule, program: Program) -> dict[int, list[Factor | None]]:
+    """By the address of each weight that a linear reads; weights that read one input share a list."""
     import torch
 
-    scales = weight.abs().amax(dim=1) / 127
-    scales = torch.where(scales == 0, torch.ones_like(scales), scales)  # NaN stays: the check sees it
-    codes = torch.empty_like(weight, dtype=torch.int8)
-    for rows in range(0, len(weight), 8192):  # in slices: the whole in fp32 would double peak memory
-        part = slice(rows, rows + 8192)
-        codes[part] = (weight[part] / scales[part, None]).round_().clamp_(-127, 127).to(torch.int8)
-    return codes, scales
+    if program.source is None:
+        raise ValueError("a program without a source cannot be calibrated")
+    found = calibrate(module, program.dims, texts(program.source, program.dims.context))
+    made = {}
+    for node in list(found):
+        made[node] = found.pop(node).factors()  # the moments go as the factors come: both are large
+    return {
+        tensor_of(module, node.args[1]).data_ptr(): made[node.args[0]]
+        for node in module.graph.nodes
+        if node.target == torch.ops.aten.linear.default
+    }
 
 
 class _CodeBook:
     """Codes and scales of each weight of a module, made once a weight: tied weights get one pair."""
 
-    def __init__(self, module: GraphModule) -> None:
-        self.module = module
+    def __init__(self, module: GraphModule, factors: dict[int, list[Factor | None]]) -> None:
+        self.module, self.factors = module, factors
         self.known: dict[int, tuple[str, str]] = {}
 
-    def of(self, weight: Node) -> tuple[Node, Node]:
-        """Two attribute nodes (codes, scales), placed where `weight` is."""
-        name = str(weight.target)
-        tensor = tensor_of(self.module, weight)
+    def of(self, node: Node) -> tuple[Node, Node]:
+        """Two attribute nodes (codes, scales), placed where a weight's own `node` is."""
+        name = str(node.target)
+        tensor = tensor_of(self.module, node)
         key = tensor.data_ptr()
         if key not in self.known:
             base = name.replace(".", "_").removesuffix("_weight")
             self.known[key] = (f"{base}_codes", f"{base}_scales")
-            for attribute, value in zip(self.known[key], quantize_per_channel(tensor.detach()), strict=True):
+            weight, factors = tensor.detach(), self.factors.get(key)
+            made = compensated(weight, factors) if factors else quantize_per_channel(weight)
+            for attribute, value in zip(self.known[key], made, strict=True):
                 self.module.register_buffer(attribute, value)
         graph: Graph = self.module.graph
-        with graph.inserting_before(weight):
+        with graph.inserting_before(node):
             codes, scales = (graph.get_attr(attribute) for attribute in self.known[key])
         return codes, scales

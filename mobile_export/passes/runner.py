@@ -1,8 +1,8 @@
 """Runs passes in order, checks each, and keeps what each made, by content.
 
 A program's key covers the checkpoint, the recipe values the passes read, their source code and all
-of ours it imports, and the versions of torch and transformers. What goes on to the next pass is
-always what was stored, so a cached export and a fresh one give the same bytes.
+of ours it imports, the data files they name, and the versions of torch and transformers. What goes
+on to the next pass is always what was stored, so a cached export and a fresh one give the same bytes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import inspect
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from importlib.metadata import version
 from pathlib import Path
@@ -45,6 +45,7 @@ class Pass(Protocol):
     name: str
     # And `reads: tuple[str, ...]`, dotted recipe keys that shape the result, e.g. ("context",). A pass
     # without it is taken to read the whole recipe: safe, but run again more often than needed.
+    # And `data: tuple[str, ...]`, the package's own files that shape the result.
 
     def run(self, before: Any, recipe: Recipe) -> Program: ...
 
@@ -92,7 +93,9 @@ def run(
         program, log = _cached(wanted, keys, shared) if use_cache else (None, [])
         for one, key in list(zip(wanted, keys, strict=True))[len(log) :]:
             with console.step(one.name) as cost, _blame(one.name, log):
-                made = one.run(checkpoint if program is None else program, recipe)
+                before = checkpoint if program is None else replace(program, source=checkpoint)
+                made = one.run(before, recipe)
+                del before
                 one.check(made, recipe)
                 program = _store(made, key, shared)
                 del made
@@ -100,7 +103,7 @@ def run(
             log.append(Ran(one.name, False, cost.seconds, cost.peak_bytes))
         _evict()
     assert program is not None, "no passes"
-    return Passed(program, tuple(log))
+    return Passed(replace(program, source=checkpoint), tuple(log))
 
 
 def keys_of(checkpoint: Checkpoint, recipe: Recipe, passes: Sequence[Pass]) -> list[str]:
@@ -110,7 +113,7 @@ def keys_of(checkpoint: Checkpoint, recipe: Recipe, passes: Sequence[Pass]) -> l
     for one in passes:
         reads = getattr(one, "reads", msgspec.structs.asdict(recipe))
         values = {path: reduce(getattr, path.split("."), recipe) for path in reads}
-        key = _sha([key, one.name, msgspec.to_builtins(values), code_version(type(one))])
+        key = _sha([key, one.name, msgspec.to_builtins(values), code_version(type(one)), _data_version(one)])
         keys.append(key)
     return keys
 
@@ -125,6 +128,11 @@ def code_version(kind: type) -> str:
             found[path] = path.read_bytes()
             waiting += _imports(found[path])
     return _sha(sorted(hashlib.sha256(source).hexdigest() for source in found.values()))
+
+
+def _data_version(one: Pass) -> list[str]:
+    package = Path(mobile_export.__file__).parent
+    return [hashlib.sha256((package / name).read_bytes()).hexdigest() for name in getattr(one, "data", ())]
 
 
 def _imports(source: bytes) -> Iterator[Path]:

@@ -97,6 +97,17 @@ def test_only_what_a_pass_reads_makes_it_run_again(model):
     assert runner.keys_of(model, RECIPE, (Rename("c"), Rename("b")))[1] != keys[1]
 
 
+def test_a_data_file_of_a_pass_is_in_its_key(model, monkeypatch):
+    """And the rounding is."""
+    quantize = RECIPE.quantize
+    nearest = msgspec.structs.replace(RECIPE, quantize=msgspec.structs.replace(quantize, rounding="nearest"))
+    before, other = runner.keys_of(model, RECIPE, PASSES), runner.keys_of(model, nearest, PASSES)
+    assert before[0] == other[0] and before[1] != other[1]
+    monkeypatch.setattr(PASSES[1].__class__, "data", ("catalog.toml",))
+    after = runner.keys_of(model, RECIPE, PASSES)
+    assert before[0] == after[0] and before[1] != after[1]
+
+
 def test_the_code_of_a_pass_and_of_all_it_imports_is_in_its_key(tmp_path, monkeypatch):
     sources = {
         "one": "class One:\n    def run(self):\n        from mobile_export.two import deep\n",
