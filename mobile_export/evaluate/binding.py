@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from functools import cache
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
@@ -87,7 +88,7 @@ def bind(op: Op, run: Callable[..., Any], types: Mapping[str, TensorType], const
 
 def bind_names(op: Op, run: Callable[..., Any]) -> None:
     """ExportError: the op has a parameter that `run` does not know, or lacks one that it needs."""
-    parameters = inspect.signature(run).parameters
+    parameters, _ = _signature(run)
     unknown = sorted(set(op.arguments) - set(parameters))
     if unknown:
         raise op.refuse(f"has a parameter '{unknown[0]}' that we do not evaluate")
@@ -97,6 +98,7 @@ def bind_names(op: Op, run: Callable[..., Any]) -> None:
         raise op.refuse(f"lacks its parameter '{missing[0]}'")
 
 
+@cache
 def _signature(run: Callable[..., Any]) -> tuple[Mapping[str, inspect.Parameter], dict[str, Any]]:
     """Parameters of a function and their types, without `| None`."""
     hints = {}

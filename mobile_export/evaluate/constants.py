@@ -96,9 +96,9 @@ def _widen(array: np.ndarray) -> np.ndarray:
 
 
 def _round(array: np.ndarray) -> np.ndarray:
-    """fp32 values rounded to fp16, in place."""
+    """fp32 values rounded to fp16, in place, a part that fits a cache at a time."""
     import torch
 
-    tensor = torch.from_numpy(array)
-    tensor.copy_(tensor.half())
+    for part in torch.from_numpy(array).view(-1).split(1 << 18):
+        part.copy_(part.half())
     return array

@@ -37,10 +37,12 @@ def gather_along_axis(x: Tensor, indices: Tensor, axis: int = 0, validate_indice
 
 def gather_nd(x: Tensor, indices: Tensor, batch_dims: int = 0, validate_indices: bool = False) -> Tensor:
     """The last dimension of `indices` addresses the dimensions of x after the batch."""
-    batch = torch.meshgrid(*(torch.arange(size) for size in x.shape[:batch_dims]), indexing="ij")
-    free = indices.ndim - 1 - batch_dims
-    places = [one.reshape(*one.shape, *[1] * free) for one in batch]
-    return x[(*places, *_columns(x, indices, batch_dims))]
+    rank = indices.ndim - 1
+    batch = [
+        torch.arange(size).reshape([-1 if at == axis else 1 for at in range(rank)])
+        for axis, size in enumerate(x.shape[:batch_dims])
+    ]
+    return x[(*batch, *_columns(x, indices, batch_dims))]
 
 
 def scatter(
