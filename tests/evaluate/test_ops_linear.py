@@ -38,6 +38,12 @@ CASES = [
         "transposed",
     ),
     Case("matmul", {"x": real(4), "y": real(4, 2)}, np.matmul, tag="vector"),
+    Case(
+        "einsum",
+        {"values": (real(2, 3, 4, 5), real(2, 5, 4, 6))},
+        lambda x, y: (x.transpose(0, 2, 1, 3) @ y.transpose(0, 2, 1, 3)).transpose(0, 2, 1, 3),
+        {"equation": "nchw,nwhu->nchu"},
+    ),
     Case("softmax", {"x": real(2, 3, 4)}, torched(lambda x: x.softmax(-1))),
     Case("softmax", {"x": real(2, 3, 4)}, torched(lambda x: x.softmax(1)), {"axis": 1}, "axis"),
     Case(
