@@ -27,10 +27,11 @@ class Bundle:
     manifest: Manifest
 
     def path(self, role: Role) -> Path:
-        """The file of that role. ExportError when the bundle has none."""
+        """The file of that role, or the package it is in. ExportError when the bundle has none."""
         for name, file in sorted(self.manifest.files.items()):
             if file.role == role:
-                return inside(self.folder, name)
+                package = [parent for parent in PurePosixPath(name).parents if parent.suffix == ".mlpackage"]
+                return inside(self.folder, str(package[0]) if package else name)
         raise ExportError(f"this bundle has no {role}", _COPY)
 
     @property

@@ -25,38 +25,46 @@ def cli() -> None:
     """Export a small language model to phones: one set of int8 weights, proven against the model."""
 
 
+def _export_options(platform: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """The options that every platform's command has."""
+    options = (
+        MODEL,
+        click.option("--recipe", metavar="NAME|FILE.toml", help="How to quantize and lower. Default: int8."),
+        click.option("--context", type=int, help="Positions in the KV cache. Default: the recipe's, 2048."),
+        click.option("--out", type=click.Path(path_type=Path), help=f"Default: dist/MODEL/{platform}."),
+        REVISION,
+        JSON,
+    )
+
+    def apply(command: Callable[..., Any]) -> Callable[..., Any]:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return apply
+
+
 @cli.command()
-@MODEL
-@click.option("--recipe", metavar="NAME|FILE.toml", help="How to quantize and lower. Default: int8.")
-@click.option("--context", type=int, help="Positions in the KV cache. Default: the recipe's, 2048.")
-@click.option("--out", type=click.Path(path_type=Path), help="Default: dist/MODEL/android.")
-@REVISION
+@_export_options("android")
 @click.option("--measure/--no-measure", default=True, help="Measure speed on this host afterwards.")
-@JSON
-def android(
-    model: str | None,
-    recipe: str | None,
-    context: int | None,
-    out: Path | None,
-    revision: str | None,
-    measure: bool,
-    as_json: bool,
-) -> None:
+def android(**options: Any) -> None:
     """Write an ExecuTorch bundle (.pte) for the stock Android and iOS runtimes."""
+    _export("android", **options)
+
+
+@cli.command()
+@_export_options("ios")
+def ios(**options: Any) -> None:
+    """Write a Core ML bundle (.mlpackage, iOS 18), checked by evaluating the package on this machine."""
+    _export("ios", **options)
+
+
+def _export(platform: str, *, as_json: bool, **options: Any) -> None:
     from mobile_export import console
     from mobile_export.export import export
 
     console.json_only(as_json)
-    result = export(
-        "android",
-        model=model,
-        recipe=recipe,
-        context=context,
-        out=out,
-        revision=revision,
-        progress=lambda line: click.echo(line, err=True),
-        measure=measure,
-    )
+    result = export(platform, progress=lambda line: click.echo(line, err=True), **options)
     if as_json:
         _print_json(result)
     else:
@@ -137,8 +145,17 @@ def run(bundle: Path, prompt: str, **options: Any) -> None:
 @cli.command()
 @click.argument("path", type=click.Path(path_type=Path))
 @JSON
-def inspect(path: Path, as_json: bool) -> None:
+@click.option("--ranges", is_flag=True, help="Core ML: run it, and list the ops nearest to fp16's end.")
+def inspect(path: Path, as_json: bool, ranges: bool) -> None:
     """Verify a bundle and show what it holds; or look into a .pte, .gguf or .safetensors file."""
+    if ranges:
+        from mobile_export import console
+        from mobile_export.bundle import load
+        from mobile_export.fp16_ranges import measure, rows
+
+        found = measure(load(path))
+        _print_json(found) if as_json else console.table(*rows(found))
+        return
     from mobile_export.inspect import inspect as look
     from mobile_export.inspect import render
 

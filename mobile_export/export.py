@@ -12,7 +12,7 @@ import msgspec
 from mobile_export import bundle, console, manifest
 from mobile_export.errors import ExportError, nearest
 from mobile_export.recipe import Recipe, load_recipe
-from mobile_export.targets import PLATFORMS, target
+from mobile_export.targets import PLATFORMS, runners, target
 
 if TYPE_CHECKING:
     from mobile_export.latency.host import Speed
@@ -66,7 +66,7 @@ def export(
         manifest=made,
         passes=[_cost(ran) for ran in passed.log],
         seconds=seconds,
-        speed=_speed(folder) if measure else [],
+        speed=_speed(folder) if measure and platform == "android" else [],
     )
 
 
@@ -104,8 +104,13 @@ def _fill(
     normalize = write_tokenizers(checkpoint, draft)
     draft.path("NOTICE", "notice").write_text(_notice(checkpoint), "utf-8")
     with console.step("parity in the real runtime") as cost:
-        quality, selftest = _prove(checkpoint, recipe, target(name).open(lowered.artifact))
-        cost.note = f"KL {quality['kl_mean']}  top-1 {quality['top1']}"
+        quality: dict[str, dict[str, Any]] = {}
+        selftest: dict[str, Any] = {}
+        for stage, runner in runners(name, lowered.artifact):
+            proven, selftest = _prove(checkpoint, recipe, stage, runner)
+            quality[f"source -> {stage}, short prompts"] = proven
+            cost.note = f"KL {proven['kl_mean']}  top-1 {proven['top1']}"
+            del runner
     seconds["parity"] = round(cost.seconds, 1)
     draft.path("selftest.json", "selftest").write_bytes(_json(selftest))
     made = manifest.Manifest(
@@ -123,12 +128,14 @@ def _fill(
         tools=manifest.tool_versions("torch", "transformers", *lowered.tools),
         runtime=lowered.runtime,
         io=msgspec.structs.replace(lowered.io, normalize=normalize),
-        quality={"source -> artifact, short prompts": quality},
+        quality=quality,
     )
     return draft.finish(made).manifest
 
 
-def _prove(checkpoint: Checkpoint, recipe: Recipe, runner: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+def _prove(
+    checkpoint: Checkpoint, recipe: Recipe, stage: str, runner: Any
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """The artefact against the source on the short prompts, in every way of calling it."""
     from mobile_export.golden import selftest
     from mobile_export.observe import consistency, observe
@@ -136,19 +143,21 @@ def _prove(checkpoint: Checkpoint, recipe: Recipe, runner: Any) -> tuple[dict[st
     from mobile_export.short_golden import short_golden
 
     golden = short_golden(checkpoint, recipe.context)
+    ranges = _ranges(runner) if stage == "artifact fp32" else None
     observed = observe(runner, golden.cases, {"source": golden.observation})
+    if ranges is not None:
+        _refuse_overflow(ranges)
     metrics = compare(golden.cases, golden.observation, observed, "source")
-    if not check(metrics, recipe.parity.total):
+    limit = recipe.parity.total if stage == "artifact" else recipe.parity.coreml.total
+    if not check(metrics, limit):
         raise ExportError(
-            f"the artefact does not say what the model says: KL {metrics.kl_mean}, top-1 {metrics.top1:.3f} "
+            f"the {stage} does not say what the model says: KL {metrics.kl_mean}, top-1 {metrics.top1:.3f} "
             f"over {metrics.positions} positions, {metrics.broken} of them not finite",
             "nothing was written; if this model just loses more in int8, use a recipe with wider limits "
             "(e.g. --recipe int8-loose), else report it with the output of `mobile-export doctor`",
         )
     cut = recipe.parity.cut
-    agreed = consistency(
-        runner, golden.cases[0].inputs[:24], "artifact", max_kl=cut.kl_max, margin=cut.margin
-    )
+    agreed = consistency(runner, golden.cases[0].inputs[:24], stage, max_kl=cut.kl_max, margin=cut.margin)
     if not agreed.passed:
         ways = ", ".join(way.way for way in agreed.ways if not way.passed)
         raise ExportError(
@@ -156,6 +165,25 @@ def _prove(checkpoint: Checkpoint, recipe: Recipe, runner: Any) -> tuple[dict[st
             "nothing was written; report it with the output of `mobile-export doctor`",
         )
     return rounded(metrics), selftest(golden.cases, observed)
+
+
+def _ranges(runner: Any) -> Any:
+    """Watches how much of fp16's range every op uses."""
+    from mobile_export.evaluate.ranges import Ranges
+
+    runner.tap = Ranges()
+    return runner.tap
+
+
+def _refuse_overflow(ranges: Any) -> None:
+    past = ranges.overflowing()
+    if past:
+        worst = past[0]
+        where = f" of layer {worst.layer}" if worst.layer is not None else ""
+        raise ExportError(
+            f"{worst.op} '{worst.name}'{where} reaches {worst.largest:.3g}, and fp16 ends at 65504",
+            "nothing was written; this model cannot be computed in fp16 as it is",
+        )
 
 
 def _notice(checkpoint: Checkpoint) -> str:

@@ -75,6 +75,8 @@ class Method(_Table, frozen=True):
     name: str
     inputs: list[TensorInfo]
     outputs: list[TensorInfo]
+    states: list[TensorInfo] = []
+    """What the runtime keeps from call to call, and all methods share."""
 
 
 class Contract(_Table, frozen=True):
@@ -105,9 +107,9 @@ class Manifest(_Table, frozen=True):
     """Everything a bundle says about itself."""
 
     platform: str
-    """`android`."""
+    """`android` or `ios`."""
     target: str
-    """`executorch`."""
+    """`executorch` or `coreml`."""
     model: Model
     recipe: RecipeUsed
     tools: dict[str, str]

@@ -32,6 +32,15 @@ class ExecuTorch(_Table, frozen=True):
     """Add the method `forward_all` (logits at every position) that full parity needs."""
 
 
+class CoreML(_Table, frozen=True):
+    """Options of the Core ML target."""
+
+    chunk: int = 64
+    """Tokens a call of `prefill` takes."""
+    all_logits: bool = True
+    """Add the function `prefill_all` (logits at every position of a chunk) that full parity needs."""
+
+
 class Threshold(_Table, frozen=True):
     """Limits between two stages; a stage over any of them fails."""
 
@@ -54,6 +63,15 @@ class Cut(_Table, frozen=True):
     """The most likely token is the same wherever the top two logits are further apart than this."""
 
 
+class Evaluated(_Table, frozen=True):
+    """What a Core ML package may lose in the evaluator, where activations are not quantized."""
+
+    total: Threshold = Threshold(kl_mean=0.003, top1=0.97)
+    """Against the source, in either arithmetic."""
+    rounding: Threshold = Threshold(kl_mean=0.002, top1=0.97)
+    """Every op's result rounded to fp16, against fp32 throughout."""
+
+
 class Parity(_Table, frozen=True):
     """What each stage may lose against the stage before it, and the artefact against the source."""
 
@@ -62,6 +80,7 @@ class Parity(_Table, frozen=True):
     artifact: Threshold = Threshold(kl_mean=0.01, top1=0.94)
     total: Threshold = Threshold(kl_mean=0.012, top1=0.93)
     cut: Cut = Cut()
+    coreml: Evaluated = Evaluated()
 
 
 class Recipe(_Table, frozen=True):
@@ -72,6 +91,7 @@ class Recipe(_Table, frozen=True):
     """Positions the KV cache holds: prompt and answer together."""
     quantize: Quantize = Quantize()
     executorch: ExecuTorch = ExecuTorch()
+    coreml: CoreML = CoreML()
     parity: Parity = Parity()
 
     @property

@@ -11,8 +11,8 @@ from mobile_export import console
 from mobile_export.bundle import Bundle
 from mobile_export.errors import ExportError
 from mobile_export.parity import ParityReport, StageResult, compare, stage_result
-from mobile_export.recipe import Recipe, parse_recipe
-from mobile_export.targets import reference, target
+from mobile_export.recipe import Recipe, Threshold, parse_recipe
+from mobile_export.targets import reference, runners
 
 if TYPE_CHECKING:
     from mobile_export.cases import Observation
@@ -73,10 +73,11 @@ def parity(given: Inputs, stages: tuple[str, ...] = STAGES) -> ParityReport:
             references = {"golden": given.golden.observation, before: seen}
             observed = _observe(given, runner, references)
             groups.append(_consistency(given, stage, runner))
-        limit = limits.traced if stage == "source" else getattr(limits, stage)
+        limit = _limit(limits, stage)
         lines.append(_line(given, stage, before, seen, observed, limit))
-        if stage == "artifact" and before != "golden":
-            lines.append(_line(given, stage, "golden", given.golden.observation, observed, limits.total))
+        if stage.startswith("artifact") and before != "golden":
+            total = limits.total if stage == "artifact" else limits.coreml.total
+            lines.append(_line(given, stage, "golden", given.golden.observation, observed, total))
         before, seen = stage, observed
         del runner
         gc.collect()
@@ -97,11 +98,15 @@ def _runners(given: Inputs, stages: tuple[str, ...]) -> Iterator[tuple[str, Runn
         if stage == "source":
             yield stage, HFRunner(given.checkpoint.model())
         elif stage == "artifact":
-            opened = target(given.bundle.manifest.target)
-            yield stage, opened.open(given.bundle.path("program"))
+            yield from runners(given.bundle.manifest.target, given.bundle.path("program"))
         else:
             last = {"traced": "trace", "quantized": "quantize"}[stage]
             yield stage, reference.open(passes.run(given.checkpoint, given.recipe, last=last).program)
+
+
+def _limit(limits: Any, stage: str) -> Threshold:
+    named = {"source": "traced", "artifact fp32": "artifact"}
+    return limits.coreml.rounding if stage == "artifact fp16" else getattr(limits, named.get(stage, stage))
 
 
 def _observe(given: Inputs, runner: Runner, references: dict[str, Observation]) -> Observation:
@@ -114,7 +119,7 @@ def _consistency(given: Inputs, stage: str, runner: Runner) -> Any:
     from mobile_export.observe import consistency
 
     tokens = given.golden.cases[0].inputs[:CONSISTENCY_TOKENS]
-    if stage != "artifact":
+    if not stage.startswith("artifact"):
         return consistency(runner, tokens, stage)
     cut = given.recipe.parity.cut
     return consistency(runner, tokens, stage, max_kl=cut.kl_max, margin=cut.margin)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from mobile_export import console
 from mobile_export.export import ExportResult
+from mobile_export.manifest import Manifest
 
 
 def summarize(result: ExportResult) -> None:
@@ -16,8 +17,19 @@ def summarize(result: ExportResult) -> None:
         figures = f"KL {metrics['kl_mean']}  top-1 {metrics['top1']}"
         figures += f"  perplexity x{metrics['perplexity_ratio']}"
         console.say(f"parity   {name}: {figures}  ({metrics['positions']} positions)")
+    if made.runtime.backends:
+        _outside(made)
+    for note in made.runtime.notes:
+        console.say(f"note     {note}")
+    _costs(result)
+
+
+def _outside(made: Manifest) -> None:
     outside = ", ".join(f"{name} x{count}" for name, count in made.runtime.outside_backend.items())
     console.say(f"outside  {', '.join(made.runtime.backends)}: {outside}")
+
+
+def _costs(result: ExportResult) -> None:
     for speed in result.speed:
         console.say(
             f"speed    {speed.threads} thread{'s' * (speed.threads > 1)}: prefill {speed.prefill} tok/s, "

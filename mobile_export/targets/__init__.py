@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
     from mobile_export.manifest import Contract, Runtime
 
-PLATFORMS = {"android": "executorch"}
+PLATFORMS = {"android": "executorch", "ios": "coreml"}
 """The target of each platform."""
 
 
@@ -27,6 +28,16 @@ runtimes that call torch's BLAS from threads of their own then do not wait for a
 def target(name: str) -> Any:
     """The target's module, e.g. `executorch`."""
     return importlib.import_module(f"mobile_export.targets.{name}")
+
+
+def runners(name: str, artifact: Path) -> Iterator[tuple[str, Any]]:
+    """Stage and runner, one at a time: `artifact`, or one for each arithmetic that the target tells apart."""
+    module = target(name)
+    arithmetics = getattr(module, "ARITHMETICS", ())
+    for arithmetic in arithmetics:
+        yield f"artifact {arithmetic}", module.open(artifact, arithmetic=arithmetic)
+    if not arithmetics:
+        yield "artifact", module.open(artifact)
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,9 @@ class MobileExportCommand(BaseOptimumCLICommand):
 
     @staticmethod
     def parse_args(parser: ArgumentParser) -> None:
-        """The options of `mobile-export android`."""
+        """The options of `mobile-export android` and `ios`."""
         parser.add_argument(
-            "--platform", required=True, choices=["android"], help="Where the model will run."
+            "--platform", required=True, choices=["android", "ios"], help="Where the model will run."
         )
         parser.add_argument(
             "--model", "-m", help="Name, hub id, folder or GGUF file. Default: the catalog's."
