@@ -45,7 +45,7 @@ def test_help_is_instant(cli):
         times.append(time.perf_counter() - begin)
         assert done.returncode == 0 and done.stderr == ""
     assert statistics.median(times) < 0.5, "0.1 s on an idle machine"
-    for name in ("android", "golden", "parity", "run", "inspect", "doctor"):
+    for name in ("android", "ios", "lint", "golden", "parity", "run", "inspect", "doctor"):
         assert re.search(rf"^  {name} ", done.stdout, re.MULTILINE)
 
 
