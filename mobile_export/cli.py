@@ -106,6 +106,7 @@ def parity(bundle: Path, model: str | None, quick: bool, artifact_only: bool, as
 @click.option("--rounds", type=click.IntRange(1), default=5, show_default=True)
 @click.option("--threads", metavar="N,N", default="1,2", show_default=True, help="Thread counts.")
 @click.option("--quick", is_flag=True, help="Compare what they say on the short prompts only.")
+@click.option("--busy", is_flag=True, help="Measure although other work runs on this machine.")
 @click.option("--json", "out", type=click.Path(path_type=Path), help="Write all samples to this file.")
 def bench(bundles: tuple[Path, ...], out: Path | None, threads: str, **options: Any) -> None:
     """Measure bundles on this machine, in turns: prefill, decode, load, memory."""

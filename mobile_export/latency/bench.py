@@ -47,6 +47,8 @@ REGIMES = (Regime(prompt=128, decode=128), Regime(prompt=512))
 LOADS = 3
 SETTLE_SECONDS = 0.2
 _LOOK_SECONDS = 0.5
+_BUSY = 0.5
+"""Cores of other work that a bench does not start beside."""
 _BESIDE = {"tokenizer", "tokenizer-runner", "tokenizer-config", "chat-template", "selftest", "notice"}
 """Files that the runtime of the artefact does not read."""
 _SAME_MODEL = 0.1
@@ -81,18 +83,21 @@ def bench(
     threads: Sequence[int] = (1, 2),
     regimes: Sequence[Regime] = REGIMES,
     quick: bool = False,
+    busy: bool = False,
 ) -> Report:
     """Measure bundles, and with `vs="llama.cpp"` that peer with the same weights.
 
     With a peer, each contender is first compared with the source over the golden, or with `quick`
     over its short prompts. `model` names the source where a bundle was made of a folder or file.
-    Raises ExportError when bundles hold different models, a worker fails, or a contender does not
-    say what the model says.
+    Raises ExportError when bundles hold different models, a worker fails, a contender does not say
+    what the model says, or, unless `busy`, other work keeps the machine from measuring anything.
     """
     opened = [bundles.load(folder) for folder in folders]
     context = _context(opened, regimes)
     started = datetime.now(UTC).isoformat(timespec="seconds")
     entries = _bundles(folders, opened)
+    if not busy:
+        _refuse_busy()
     quality: list[Quality] = []
     if vs:
         found, interpreter = _source(opened[0], model), peer.python(peer_python)
@@ -134,6 +139,15 @@ def _context(opened: Sequence[Bundle], regimes: Sequence[Regime]) -> int:
             f"a context of {context} is too short for the bench", f"export with --context {needed}"
         )
     return context
+
+
+def _refuse_busy() -> None:
+    others = machine.busy_cores(_LOOK_SECONDS)
+    if others > _BUSY:
+        raise ExportError(
+            f"other work keeps {others:.1f} cores of this machine busy",
+            "wait until it is done, or measure all the same with --busy",
+        )
 
 
 def _bundles(folders: Sequence[Path], opened: Sequence[Bundle]) -> list[Entry]:

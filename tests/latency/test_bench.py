@@ -2,6 +2,8 @@
 
 import shutil
 import statistics
+import subprocess
+import sys
 from pathlib import Path
 
 import msgspec
@@ -28,6 +30,7 @@ def measured(sandbox_bundle, peer_python, tmp_path_factory):
             rounds=2,
             threads=(2,),
             regimes=REGIMES,
+            busy=True,
         )
 
 
@@ -133,10 +136,20 @@ def test_round_that_says_something_else_is_no_measurement(measured):
 
 
 def test_no_peer_is_one_line(sandbox_bundle):
+    nowhere = {"vs": "llama.cpp", "peer_python": Path("nowhere/python"), "busy": True}
     with pytest.raises(ExportError, match="llama.cpp is not installed; run ci/bench-peer.sh"):
-        bench.bench(
-            [sandbox_bundle.folder], vs="llama.cpp", peer_python=Path("nowhere/python"), regimes=REGIMES
-        )
+        bench.bench([sandbox_bundle.folder], regimes=REGIMES, **nowhere)
+
+
+def test_a_busy_machine_is_refused(sandbox_bundle):
+    loops = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2)]
+    try:
+        with pytest.raises(ExportError, match=r"other work keeps \d\.\d cores .* busy; wait until"):
+            bench.bench([sandbox_bundle.folder], regimes=REGIMES)
+    finally:
+        for loop in loops:
+            loop.kill()
+            loop.wait()
 
 
 @pytest.mark.parametrize("text", ["", "0", "1,", "two", "-1"])
