@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 Arithmetic = Literal["fp32", "fp16"]
 Tap = Callable[[Site, Mapping[str, Any], Any], None]
-"""Called with every output: where, the op's arguments, the value (a tensor, not to be written)."""
+"""Called with every output: where, the op's arguments, the value (a tensor, not to be kept)."""
 
 
 class State:
@@ -42,7 +42,7 @@ class State:
 
     def copy(self) -> State:
         """One that later runs on this one do not change."""
-        return State(dict(self._values))
+        return State({name: value.clone() for name, value in self._values.items()})
 
 
 class Evaluator:
@@ -97,8 +97,8 @@ class Evaluator:
     ) -> dict[str, np.ndarray]:
         """Outputs by name: fp32 arrays for floating ones in either arithmetic, int32, bool.
 
-        `state` is changed in place. ValueError: inputs are not what the function declares.
-        ExportError: an op cannot be computed on these values.
+        `state` is changed in place; after an error it holds nothing of use. ValueError: inputs are not
+        what the function declares. ExportError: an op cannot be computed on these values.
         """
         import torch
 
@@ -108,7 +108,10 @@ class Evaluator:
             for step in prepared.steps:
                 self._step(step, values, state, tap)
             values.update(prepared.fixed)
-            return {name: values[name].contiguous().numpy() for name in prepared.outputs}
+            return {
+                name: values[name].clone(memory_format=torch.contiguous_format).numpy()
+                for name in prepared.outputs
+            }
 
     def _step(self, step: Step, values: dict[str, Any], state: State, tap: Tap | None) -> None:
         if step.call:
@@ -116,7 +119,8 @@ class Evaluator:
         elif step.data is None:
             values[step.outputs[0].name] = state[step.state]
         else:
-            state[step.state] = self._written(step.data, values)
+            written = self._written(step.data, values)
+            state[step.state] = written.clone() if step.copied else written
         for name in step.last:
             del values[name]
 

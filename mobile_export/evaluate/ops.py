@@ -14,5 +14,7 @@ OPS: dict[str, Callable[..., Any]] = {
     **ops_gather.OPS,
 }
 
+# Outputs that may be inputs' memory (`x`, `values`); all others are new.
+VIEWS = {*ops_shape.OPS, "gather", "gather_along_axis", "gather_nd", "identity", "cast"}
 # Outputs that are inputs' values, moved: rounding them again changes nothing.
 MOVES = {*ops_shape.OPS, "gather", "gather_along_axis", "gather_nd", "identity"} - {"pad", "range_1d"}

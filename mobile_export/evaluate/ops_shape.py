@@ -41,12 +41,25 @@ def slice_update(
     squeeze_mask: Masks = None,
 ) -> Tensor:
     """A copy of `x` with that slice replaced, `update` of exactly the slice's shape."""
+    return slice_update_in_place(x.clone(), update, begin, end, stride, begin_mask, end_mask, squeeze_mask)
+
+
+def slice_update_in_place(
+    x: Tensor,
+    update: Tensor,
+    begin: list[int],
+    end: list[int],
+    stride: list[int] | None = None,
+    begin_mask: Masks = None,
+    end_mask: Masks = None,
+    squeeze_mask: Masks = None,
+) -> Tensor:
+    """`slice_update` that writes into `x` itself, where `reuse.plan` allows it."""
     index, flipped = _index(x, begin, end, stride, begin_mask, end_mask, squeeze_mask)
-    result = x.clone()
-    if result[index].shape != update.shape:
-        raise ValueError(f"an update of {list(update.shape)} for a slice of {list(result[index].shape)}")
-    result[index] = update.flip(flipped) if flipped else update
-    return result
+    if x[index].shape != update.shape:
+        raise ValueError(f"an update of {list(update.shape)} for a slice of {list(x[index].shape)}")
+    x[index] = update.flip(flipped) if flipped else update
+    return x
 
 
 def _index(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mobile_export.evaluate.binding import Call, Op, Value, bind, bind_names
 from mobile_export.evaluate.constants import Constant, Constants
+from mobile_export.evaluate.reuse import plan
 from mobile_export.mlpackage import Package, TensorType, tensor_type
 
 if TYPE_CHECKING:
@@ -46,6 +47,8 @@ class Step:
     call: Call | None = None
     state: str = ""
     data: Value | None = None
+    copied: bool = True
+    """Whether a state copies what is written to it."""
     last: list[str] = field(default_factory=list)
     """Values that no later step needs."""
 
@@ -76,6 +79,7 @@ def prepare(package: Package, function: str, constants: Constants, half: bool) -
             known.update(zip(op.outputs, made, strict=True))
     outputs = {name: types[name] for name in block.outputs}
     _free(steps, {*outputs, *given})
+    plan(steps, outputs)
     return Function(
         inputs={name: kind for name, kind in given.items() if not kind.state},
         states={name: kind for name, kind in given.items() if kind.state},

@@ -22,9 +22,9 @@ def quick_conversion():
 
 @pytest.fixture
 def build(tmp_path):
-    """Save `body(*inputs)`, written with coremltools' builder, as a package of one function, `main`.
+    """Save `body(*inputs, *states)`, written with coremltools' builder, as a package of `main` alone.
 
-    Inputs are `in_0`, ... of the shapes and types of the arrays given.
+    Inputs are `in_0`, ... of the shapes and types of the arrays given; states have a name and a shape.
     """
     import coremltools as ct
     from coremltools.converters.mil import Builder as mb
@@ -32,11 +32,13 @@ def build(tmp_path):
 
     kinds = {"float16": types.fp16, "float32": types.fp32, "int32": types.int32}
 
-    def make(body, arrays, *, opset=ct.target.iOS18, precision=ct.precision.FLOAT32):
+    def make(body, arrays, *, states=None, opset=ct.target.iOS18, precision=ct.precision.FLOAT32):
         inputs = {
             f"in_{index}": mb.placeholder(array.shape, dtype=kinds[array.dtype.name])
             for index, array in enumerate(arrays)
         }
+        for name, shape in (states or {}).items():
+            inputs[name] = mb.state_tensor_placeholder(shape, dtype=types.fp16)
         with Function(inputs, opset_version=opset) as function:
             made = body(*(function.inputs[name] for name in inputs))
             function.set_outputs(list(made) if isinstance(made, (tuple, list)) else [made])
