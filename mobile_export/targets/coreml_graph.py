@@ -31,10 +31,8 @@ class Functions:
         self.program = program
         self.module: GraphModule = editable(program.exported)
         cos, sin = (table.numpy() for table in rotary_tables(program))
-        half = sin.shape[1] // 2
-        sin = sin.copy()
-        sin[:, :half] *= -1  # the sign of the rotated half
-        self.tables = {"rotary_cos": cos, "rotary_sin": sin}
+        half = sin.shape[1] // 2  # the other half is the same
+        self.tables = {"rotary_cos": cos[:, :half], "rotary_sin": sin[:, :half]}
         self.consts: dict[str, np.ndarray] = {}
 
     def make(self, length: int, *, every: bool) -> Any:
@@ -141,9 +139,14 @@ class _Writer:
 
         here = np.arange(self.length, dtype=np.int32)
         positions = self._op("add", "positions", x=self.inputs["start"], y=here)
-        self.rows = [
+        cos, sin = (
             self._op("gather", f"{name}_rows", x=self._table(name), indices=positions, axis=0)
             for name in self.functions.tables
+        )
+        minus = self._op("mul", "rotary_sin_minus", x=sin, y=np.float16(-1))  # of the half turned in
+        self.rows = [
+            self._op("concat", "rotary_cos_both", values=[cos, cos], axis=-1),
+            self._op("concat", "rotary_sin_both", values=[minus, sin], axis=-1),
         ]
         groups = self.dims.heads // self.dims.kv_heads
         queries = self._op("tile", "query_positions", x=positions, reps=[groups])
