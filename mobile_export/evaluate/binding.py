@@ -15,6 +15,7 @@ from mobile_export.mlpackage import TensorType, tensor_type
 if TYPE_CHECKING:
     import torch
 
+AGAIN = "export the package again"
 Convert = Callable[[list[Any]], Any]
 
 
@@ -61,9 +62,13 @@ class Op:
                 for one in argument.arguments
             ]
 
-    def refuse(self, why: str) -> ExportError:
+    def names(self) -> list[str]:
+        """Values computed at run time, and states, that it needs."""
+        return [one for values in self.arguments.values() for one in values if isinstance(one, str)]
+
+    def refuse(self, why: str, hint: str = "write it with the ops of evaluate/ops.py") -> ExportError:
         """An error that names this op."""
-        return ExportError(f"op '{self.type}' ('{self.name}') {why}", "the evaluator covers what LLMs need")
+        return ExportError(f"op '{self.type}' ('{self.name}') {why}", hint)
 
 
 def bind(op: Op, run: Callable[..., Any], types: Mapping[str, TensorType], constants: Constants) -> Call:
@@ -74,10 +79,13 @@ def bind(op: Op, run: Callable[..., Any], types: Mapping[str, TensorType], const
     for name, parameter in parameters.items():
         values = op.arguments.get(name)
         if values is None:
-            if name == "epsilon":
+            if name == "epsilon" and op.type in ("inverse", "log", "rsqrt"):
                 call.fixed[name] = _as_stored(parameter.default, op, types)
         elif all(isinstance(one, Constant) for one in values):
-            call.fixed[name] = _constant(op, name, hints[name], values, constants)
+            try:
+                call.fixed[name] = _constant(op, name, hints[name], values, constants)
+            except (ValueError, IndexError):
+                raise op.refuse(f"has a parameter '{name}' of a size that is not its", AGAIN) from None
         elif hints[name] is str or get_origin(hints[name]) is Literal:
             raise op.refuse(f"has a parameter '{name}' that is not constant")
         else:
@@ -95,7 +103,7 @@ def bind_names(op: Op, run: Callable[..., Any]) -> None:
     needed = {name for name, one in parameters.items() if one.default is inspect.Parameter.empty}
     missing = sorted(needed - set(op.arguments))
     if missing:
-        raise op.refuse(f"lacks its parameter '{missing[0]}'")
+        raise op.refuse(f"lacks its parameter '{missing[0]}'", AGAIN)
 
 
 @cache

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
 from mobile_export.errors import ExportError
-from mobile_export.evaluate.binding import Value
+from mobile_export.evaluate.binding import AGAIN, Value
 from mobile_export.evaluate.constants import Constant, Constants
 from mobile_export.evaluate.program import Function, Site, Step, dtype, fits, prepare, settle
 from mobile_export.mlpackage import Package, TensorType
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
+_LOOK = "see whether the inputs are in its range"
 Arithmetic = Literal["fp32", "fp16"]
 Tap = Callable[[Site, Mapping[str, Any], Any], None]
 """Called with every output: where, the op's arguments, the value (a tensor, not to be kept)."""
@@ -87,9 +88,7 @@ class Evaluator:
         for name in [function] if function else self.functions:
             for state, kind in self.states(name).items():
                 if kinds.setdefault(state, kind) != kind:
-                    raise ExportError(
-                        f"two functions declare state '{state}' differently", "export the package again"
-                    )
+                    raise ExportError(f"two functions declare state '{state}' differently", AGAIN)
         return State({name: torch.zeros(_sizes(kind), dtype=dtype(kind)) for name, kind in kinds.items()})
 
     def run(
@@ -136,13 +135,13 @@ class Evaluator:
                 arguments[parameter] = convert([values[name] for name in names])
             results = run(**arguments)
         except (RuntimeError, IndexError, ValueError, TypeError) as error:
-            raise step.op.refuse(f"cannot be computed: {str(error).splitlines()[0]}") from error
+            raise step.op.refuse(f"cannot be computed: {str(error).splitlines()[0]}", _LOOK) from error
         results = results if isinstance(results, (tuple, list)) else (results,)
         for output, result in zip(step.outputs, results, strict=True):
             value = output.settle(result)
             if not fits(output.kind, value.shape):
                 declared = list(output.kind.shape)
-                raise step.op.refuse(f"gives {list(value.shape)} where {declared} is declared")
+                raise step.op.refuse(f"gives {list(value.shape)} where {declared} is declared", _LOOK)
             if tap:
                 tap(output.site, arguments, value)
             values[output.name] = value
@@ -166,7 +165,7 @@ class Evaluator:
 
 def _sizes(kind: TensorType) -> list[int]:
     if None in kind.shape:
-        raise ExportError("a state has a dimension of no fixed size", "export the package again")
+        raise ExportError("a state has a dimension of no fixed size", AGAIN)
     return [size or 0 for size in kind.shape]
 
 

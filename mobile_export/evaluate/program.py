@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from mobile_export.evaluate.binding import Call, Op, Value, bind, bind_names
+from mobile_export.evaluate.binding import AGAIN, Call, Op, Value, bind, bind_names
 from mobile_export.evaluate.constants import Constant, Constants
 from mobile_export.evaluate.reuse import plan
 from mobile_export.mlpackage import Package, TensorType, tensor_type
@@ -71,6 +71,9 @@ def prepare(package: Package, function: str, constants: Constants, half: bool) -
     steps: list[Step] = []
     for message in block.operations:
         op = Op(message, known, constants)
+        for name in op.names():
+            if name not in types:
+                raise op.refuse(f"needs '{name}', which nothing computes", AGAIN)
         types.update(zip(op.outputs, op.kinds, strict=True))
         made = _constants(op, message, constants)
         if made is None:
@@ -136,7 +139,7 @@ def _constants(op: Op, message: Any, constants: Constants) -> list[Constant] | N
         try:
             return CONSTEXPR[op.type](**arrays)
         except (ValueError, IndexError, TypeError) as error:
-            raise op.refuse(f"cannot be computed: {error}") from error
+            raise op.refuse(f"cannot be computed: {error}", AGAIN) from error
 
     return constants.computed(op.type, run, arguments, op.kinds)  # type: ignore[arg-type]
 
@@ -153,7 +156,7 @@ def _step(op: Op, function: str, types: Mapping[str, TensorType], constants: Con
         (state,) = op.arguments["input"]
         (data,) = op.arguments.get("data", [None])
         if not isinstance(state, str) or (op.type == "write_state") != (data is not None):
-            raise op.refuse("is not of a state")
+            raise op.refuse("is not of a state", AGAIN)
         return Step(op, outputs, state=state, data=data)
     if op.type not in OPS:
         raise op.refuse("is not one that we evaluate")
@@ -164,6 +167,6 @@ def _free(steps: list[Step], kept: set[str]) -> None:
     """Mark each value at the last step that needs it, or at its own when none does."""
     seen = set(kept)
     for step in reversed(steps):
-        used = {one for values in step.op.arguments.values() for one in values if isinstance(one, str)}
+        used = set(step.op.names())
         step.last = sorted((used | {one.name for one in step.outputs}) - seen)
         seen |= used

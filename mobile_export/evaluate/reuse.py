@@ -48,7 +48,7 @@ def plan(steps: list[Step], outputs: Iterable[str]) -> None:
 
     groups = _grouped(steps)
     born: dict[Name, int] = {one.name: at for at, step in enumerate(steps) for one in step.outputs}
-    last: dict[Name, int] = {name: at for at, step in enumerate(steps) for name in _names(step)}
+    last: dict[Name, int] = {name: at for at, step in enumerate(steps) for name in step.op.names()}
     last.update(dict.fromkeys(outputs, len(steps)))
     for at, step in enumerate(steps):
         if step.data is not None:
@@ -57,12 +57,12 @@ def plan(steps: list[Step], outputs: Iterable[str]) -> None:
         if step.call is None or step.op.type != "slice_update":
             continue
         (source,) = step.op.arguments["x"]
-        if isinstance(source, Constant) or CONSTANT in groups.of(source):
+        if isinstance(source, Constant):
             continue
-        used = [name for name in _names(step) if name in groups.of(source)]
+        used = [name for name in step.op.names() if name in groups.of(source)]
         needed = any(last.get(name, -1) > at for name in groups.of(source) if born.get(name, -1) < at)
-        states = [name[1] for name in groups.shared_with(source)]
-        if used == [source] and not needed and all(_written_next(steps[at + 1 :], one) for one in states):
+        holders = groups.shared_with(source)
+        if used == [source] and not needed and all(_written_next(steps[at + 1 :], one) for one in holders):
             step.call = step.call._replace(run=slice_update_in_place)
 
 
@@ -82,12 +82,9 @@ def _grouped(steps: list[Step]) -> _Groups:
     return groups
 
 
-def _names(step: Step) -> list[str]:
-    return [one for values in step.op.arguments.values() for one in values if isinstance(one, str)]
-
-
-def _written_next(steps: list[Step], state: str) -> bool:
+def _written_next(steps: list[Step], holder: Name) -> bool:
+    """Whether a state is next written rather than read. A constant is never written."""
     for step in steps:
-        if step.state == state:
+        if ("state", step.state) == holder:
             return step.data is not None
     return False
