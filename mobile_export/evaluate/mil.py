@@ -1,8 +1,4 @@
-"""Run a saved Core ML program on this machine, by the documented meaning of its ops.
-
-What agrees here is verified against the documented semantics of the program, not on the device: the
-order and precision in which a device's kernels accumulate are not modelled.
-"""
+"""Run a saved Core ML program on this machine, by the documented meaning of its ops."""
 
 from __future__ import annotations
 
@@ -54,6 +50,11 @@ class Evaluator:
     that the program declares for it; past 65504 that is infinity, as IEEE 754 says. State is kept
     accordingly: fp32 values, or values rounded to fp16.
 
+    What agrees here is verified against the documented semantics of the program, not on the device:
+    accumulation order and precision inside a device's kernels are not modelled.
+
+    Weights are kept in fp32, once a package and arithmetic for all evaluators of them.
+
     `threads`: of torch while it runs; None leaves them as they are.
     """
 
@@ -102,6 +103,9 @@ class Evaluator:
         import torch
 
         prepared = self._prepared[function]
+        missing = sorted(set(prepared.states).difference(state))
+        if missing:
+            raise ValueError(f"the state lacks {missing}: make it with make_state")
         with torch.inference_mode(), _threads(self.threads):
             values = self._given(prepared, inputs)
             for step in prepared.steps:
@@ -157,6 +161,9 @@ class Evaluator:
             array = np.array(inputs[name])
             if not fits(kind, array.shape):
                 raise ValueError(f"input '{name}' is {list(array.shape)}, declared is {list(kind.shape)}")
+            shapes = prepared.shapes.get(name)
+            if shapes and not shapes.holds(array.shape):
+                raise ValueError(f"input '{name}' is {list(array.shape)}, allowed is {shapes}")
             if (array.dtype.kind == "f") != kind.dtype.startswith("fp"):
                 raise ValueError(f"input '{name}' is {array.dtype}, declared is {kind.dtype}")
             values[name] = settle(kind, self.arithmetic == "fp16")(torch.from_numpy(array))

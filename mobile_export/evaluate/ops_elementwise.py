@@ -110,6 +110,33 @@ def cast(x: Tensor, dtype: Dtype) -> Tensor:
     return x.double().trunc().clamp(-(2**31), 2**31 - 1).to(torch.int32) if x.is_floating_point() else x.int()
 
 
+def quantize(
+    input: Tensor,
+    scale: Tensor,
+    output_dtype: Literal["int8", "uint8"],
+    zero_point: Tensor | None = None,
+    axis: int | None = None,
+) -> Tensor:
+    """`round(input / scale) + zero_point`, ties to even, clipped to the type; by channel along `axis`."""
+    low, high = (-128, 127) if output_dtype == "int8" else (0, 255)
+    codes = (input / _along(scale, input, axis)).round()
+    return (codes if zero_point is None else codes + _along(zero_point, input, axis)).clamp(low, high)
+
+
+def dequantize(
+    input: Tensor, scale: Tensor, zero_point: Tensor | None = None, axis: int | None = None
+) -> Tensor:
+    """`scale * (input - zero_point)`, by channel along `axis`."""
+    shifted = input if zero_point is None else input - _along(zero_point, input, axis)
+    return shifted * _along(scale, input, axis)
+
+
+def _along(values: Tensor, x: Tensor, axis: int | None) -> Tensor:
+    if axis is None:
+        return values
+    return values.reshape([-1 if at == axis % x.ndim else 1 for at in range(x.ndim)])
+
+
 def identity(x: Tensor) -> Tensor:
     return x
 
@@ -182,6 +209,8 @@ NAMED = (
     real_div,
     select,
     cast,
+    quantize,
+    dequantize,
     identity,
 )
 

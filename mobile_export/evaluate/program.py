@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from mobile_export.evaluate.binding import AGAIN, Call, Op, Value, bind, bind_names
 from mobile_export.evaluate.constants import Constant, Constants
 from mobile_export.evaluate.reuse import plan
+from mobile_export.evaluate.shapes import Allowed, allowed
 from mobile_export.mlpackage import Package, TensorType, tensor_type
 
 if TYPE_CHECKING:
@@ -55,6 +56,8 @@ class Step:
 
 class Function(NamedTuple):
     inputs: dict[str, TensorType]
+    shapes: dict[str, Allowed]
+    """What inputs may be, beyond their types."""
     states: dict[str, TensorType]
     outputs: dict[str, TensorType]
     steps: list[Step]
@@ -85,6 +88,7 @@ def prepare(package: Package, function: str, constants: Constants, half: bool) -
     plan(steps, outputs)
     return Function(
         inputs={name: kind for name, kind in given.items() if not kind.state},
+        shapes=allowed(package, function),
         states={name: kind for name, kind in given.items() if kind.state},
         outputs=outputs,
         steps=steps,

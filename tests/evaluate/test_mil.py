@@ -202,27 +202,54 @@ class Flexible(nn.Module):
         return torch.cat((wide.cumsum(1), wide[:, -2:]), 1).softmax(-1)
 
 
-@pytest.mark.parametrize("length", [2, 5, 9])
-def test_flexible_shapes(length, tmp_path):
+@pytest.fixture
+def flexible(tmp_path):
+    """An evaluator of the module above, its second dimension as given."""
     import coremltools as ct
 
-    traced = torch.jit.trace(Flexible(), torch.zeros(2, 3, 4))
-    flexible = ct.RangeDim(2, 9, default=3)
-    model = silently(
-        lambda: ct.convert(
-            traced,
-            inputs=[ct.TensorType(name="x", shape=(2, flexible, 4))],
-            outputs=[ct.TensorType(name="y")],
-            minimum_deployment_target=ct.target.iOS18,
-            compute_precision=ct.precision.FLOAT32,
-            skip_model_load=True,
+    def make(**options):
+        traced = torch.jit.trace(Flexible(), torch.zeros(2, 3, 4))
+        model = silently(
+            lambda: ct.convert(
+                traced,
+                inputs=[ct.TensorType(name="x", **options)],
+                outputs=[ct.TensorType(name="y")],
+                minimum_deployment_target=ct.target.iOS18,
+                compute_precision=ct.precision.FLOAT32,
+                skip_model_load=True,
+            )
         )
-    )
-    evaluator = Evaluator(open_package(save(model, tmp_path)))
-    assert evaluator.inputs("main")["x"].shape == (2, None, 4)
+        return Evaluator(open_package(save(model, tmp_path)))
+
+    return make
+
+
+def flexible_run(evaluator, length):
     x = torch.rand(2, length, 4)
     (found,) = evaluator.run("main", {"x": x.numpy()}, evaluator.make_state()).values()
     np.testing.assert_allclose(found, Flexible()(x).numpy(), rtol=1e-5)
+
+
+def test_a_range_of_shapes(flexible):
+    import coremltools as ct
+
+    evaluator = flexible(shape=(2, ct.RangeDim(2, 9, default=3), 4))
+    assert evaluator.inputs("main")["x"].shape == (2, None, 4)
+    for length in (2, 5, 9):
+        flexible_run(evaluator, length)
+    for length in (1, 10):
+        with pytest.raises(ValueError, match=r"allowed is \[2, 2..9, 4\]"):
+            flexible_run(evaluator, length)
+
+
+def test_a_list_of_shapes(flexible):
+    import coremltools as ct
+
+    evaluator = flexible(shape=ct.EnumeratedShapes([(2, 3, 4), (2, 8, 4)], default=(2, 3, 4)))
+    for length in (3, 8):
+        flexible_run(evaluator, length)
+    with pytest.raises(ValueError, match=r"allowed is \[2, (3, 4\] or \[2, 8|8, 4\] or \[2, 3), 4\]"):
+        flexible_run(evaluator, 4)
 
 
 def test_every_output_is_rounded_in_fp16(evaluate):
@@ -340,6 +367,12 @@ def test_wrong_inputs(softmax, inputs, message):
     evaluator = Evaluator(softmax[0])
     with pytest.raises(ValueError, match=message):
         evaluator.run("main", inputs, evaluator.make_state())
+
+
+def test_a_state_of_another_function(single, softmax):
+    stateless = Evaluator(softmax[0]).make_state()
+    with pytest.raises(ValueError, match=r"the state lacks \['k_cache', 'v_cache'\]"):
+        Evaluator(open_package(single)).run("main", given(0, CHUNK), stateless)
 
 
 def test_threads_are_given_back(softmax):

@@ -190,3 +190,28 @@ def test_an_op(case, evaluate):
 @pytest.mark.parametrize("case", [case for case in CASES if case.inferred], ids=str)
 def test_coremltools_agrees(case):
     check_inference(case)
+
+
+@pytest.mark.parametrize(("kind", "low", "high"), [("int8", -128, 127), ("uint8", 0, 255)])
+@pytest.mark.parametrize("axis", [None, 1, -1])
+def test_quantize_and_dequantize(evaluate, kind, low, high, axis):
+    from coremltools.converters.mil import Builder as mb
+
+    x = real(2, 3, 3, low=-40, high=40)
+    shape = {None: (), 1: (3, 1), -1: (3,)}[axis]
+    scale = np.float32(0.25) if axis is None else real(3, low=0.1, high=0.3)
+    zero = whole(*(() if axis is None else (3,)), low=3, high=9).astype(kind)
+    extra = {} if axis is None else {"axis": axis}
+
+    def body(x):
+        codes = mb.quantize(input=x, scale=scale, zero_point=zero, output_dtype=kind, **extra)
+        back = mb.dequantize(input=codes, scale=scale, zero_point=zero, **extra)
+        plain = mb.quantize(input=x, scale=scale, output_dtype=kind, **extra)
+        return mb.cast(x=codes, dtype="int32"), back, mb.dequantize(input=plain, scale=scale, **extra)
+
+    codes, back, plain = evaluate(body, [x])
+    wide, point = np.reshape(scale, shape), np.reshape(zero.astype(np.float32), shape)
+    expected = np.clip(np.round(x / wide) + point, low, high)
+    np.testing.assert_array_equal(codes, expected)
+    np.testing.assert_allclose(back, wide * (expected - point), rtol=1e-6)
+    np.testing.assert_allclose(plain, wide * np.clip(np.round(x / wide), low, high), rtol=1e-6)
