@@ -2,12 +2,14 @@
 
 import contextlib
 import io
+import warnings
 from pathlib import Path
 
 
 def silently(run):
     """What coremltools prints about its progress is no test's business."""
-    with contextlib.redirect_stderr(io.StringIO()):
+    with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         return run()
 
 
