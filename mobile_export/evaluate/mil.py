@@ -47,8 +47,8 @@ class Evaluator:
 
     `arithmetic` `fp32`: every floating value is computed and kept in fp32, weights and constants as
     stored, widened. `fp16`: each op is computed in fp32 and its output is then rounded to the type
-    that the program declares for it; past 65504 that is infinity, as IEEE 754 says. State is kept
-    accordingly: fp32 values, or values rounded to fp16.
+    that the program declares for it; what rounds past 65504 is infinite, as IEEE 754 says. State is
+    kept accordingly: fp32 values, or values rounded to fp16.
 
     What agrees here is verified against the documented semantics of the program, not on the device:
     accumulation order and precision inside a device's kernels are not modelled.

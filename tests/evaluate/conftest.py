@@ -10,7 +10,7 @@ from mobile_export.evaluate.mil import Evaluator
 from mobile_export.mlpackage import open_package
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def quick_conversion():
     """Each conversion runs the garbage collector: spare it the modules, which take 0.3 s a run."""
     import coremltools  # noqa: F401
