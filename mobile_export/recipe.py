@@ -39,6 +39,8 @@ class CoreML(_Table, frozen=True):
     """Tokens a call of `prefill` takes."""
     all_logits: bool = True
     """Add the function `prefill_all` (logits at every position of a chunk) that full parity needs."""
+    flexible: bool = False
+    """One function `main` for any number of tokens instead; with state it stays off the Neural Engine."""
 
 
 class Threshold(_Table, frozen=True):

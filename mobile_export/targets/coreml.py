@@ -28,12 +28,13 @@ if TYPE_CHECKING:
 ARITHMETICS = ("fp32", "fp16")
 PACKAGE = "model.mlpackage"
 _DATA = "Data/com.apple.CoreML"
+FLEXIBLE = "main"
 _IOS18 = 9
 """Specification version of Core ML's format for iOS 18."""
 _DOCUMENTED = {
     "tokens": "Token ids; in prefill, ids past the last real one are ignored.",
     "start": "Position in the KV cache of the first token: how many came before.",
-    "last": "Index in tokens of the last real one, whose logits are wanted.",
+    "last": "Index in tokens of the last real one, whose logits are wanted; or of several.",
     "logits": "Unnormalized log-probabilities of the next token.",
     "key_cache": "Keys of every layer, written by each call.",
     "value_cache": "Values of every layer, written by each call.",
@@ -57,7 +58,7 @@ def write(program: Program, recipe: Recipe, checkpoint: Checkpoint, draft: Draft
         minimum_version="iOS 18",
         notes=[
             "Verified against the documented semantics of the program, not on the device.",
-            "All functions share weights and state: prefill in chunks, then decode token by token.",
+            _how(recipe.coreml),
         ],
     )
     io = Contract(
@@ -83,8 +84,8 @@ def lower(program: Program, options: Options, about: dict[str, str], out: Path) 
         made = MIL()
         for name, (length, every) in _lengths(program.dims, options).items():
             made.add_function(name, functions.make(length, every=every))
-        made.default_function_name = "decode"
-        made.export_as_multifunction = True
+        made.default_function_name = next(iter(made.functions))
+        made.export_as_multifunction = len(made.functions) > 1
         made.skip_all_passes = True
         weights = out / _DATA / "weights"
         weights.mkdir(parents=True, exist_ok=True)
@@ -94,8 +95,10 @@ def lower(program: Program, options: Options, about: dict[str, str], out: Path) 
     (out / "Manifest.json").write_bytes(_package_manifest())
 
 
-def _lengths(dims: Dims, options: Options) -> dict[str, tuple[int, bool]]:
-    """Functions by name: tokens a call, and whether logits of every position are given."""
+def _lengths(dims: Dims, options: Options) -> dict[str, tuple[int | None, bool]]:
+    """Functions by name: tokens a call (None: any number), and whether logits of every position are given."""
+    if options.flexible:
+        return {FLEXIBLE: (None, False)}
     chunk = min(options.chunk, dims.context)
     every = {"prefill_all": (chunk, True)} if options.all_logits else {}
     return {"decode": (1, False), "prefill": (chunk, False), **every}
@@ -109,7 +112,7 @@ def _describe(spec: Any, about: dict[str, str]) -> None:
     metadata.license = about["license"]
     metadata.versionString = mobile_export.__version__
     metadata.author = "mobile-export"
-    for function in spec.description.functions:
+    for function in spec.description.functions or [spec.description]:
         for feature in (*function.input, *function.output, *function.state):
             feature.shortDescription = _DOCUMENTED[feature.name]
 
@@ -128,24 +131,34 @@ def _package_manifest() -> bytes:
     return json.dumps(index, indent=4, sort_keys=True).encode() + b"\n"
 
 
+def _how(options: Options) -> str:
+    if options.flexible:
+        return (
+            "main takes the whole prompt, then token by token; shapes that vary stay off the Neural Engine."
+        )
+    return "All functions share weights and state: prefill in chunks, then decode token by token."
+
+
 def _methods(dims: Dims, options: Options) -> list[Method]:
     cache = [dims.layers, dims.kv_heads, dims.context, dims.head_dim]
     states = [TensorInfo(name=name, dtype="fp16", shape=list(cache)) for name in STATES]
     methods = []
     for name, (length, every) in _lengths(dims, options).items():
         inputs = [
-            TensorInfo(name="tokens", dtype="int32", shape=[1, length]),
+            TensorInfo(name="tokens", dtype="int32", shape=[1, length or f"length<={dims.context}"]),
             TensorInfo(name="start", dtype="int32", shape=[1]),
         ]
-        if length > 1 and not every:
-            inputs.append(TensorInfo(name="last", dtype="int32", shape=[1]))
-        logits = TensorInfo(name=LOGITS, dtype="fp16", shape=[1, length if every else 1, dims.vocab])
+        asked: int | str = 1 if length else f"asked<={dims.context}"
+        if length != 1 and not every:
+            inputs.append(TensorInfo(name="last", dtype="int32", shape=[asked]))
+        answers = length if every and length else asked
+        logits = TensorInfo(name=LOGITS, dtype="fp16", shape=[1, answers, dims.vocab])
         methods.append(Method(name=name, inputs=inputs, outputs=[logits], states=states))
     return methods
 
 
 class PackageRunner:
-    """Runs a package in the evaluator, in chunks as an application does."""
+    """Runs a package in the evaluator, in calls as an application makes them."""
 
     def __init__(self, artifact: Path, threads: int | None, arithmetic: Literal["fp32", "fp16"]) -> None:
         from mobile_export.evaluate.mil import Evaluator
@@ -153,57 +166,55 @@ class PackageRunner:
         self.evaluator = Evaluator(open_package(artifact), arithmetic, threads)
         self.tap: Any = None
         """Called with every op's value: an `evaluate.ranges.Ranges`, or None."""
-        self.vocab = int(self.evaluator.outputs("decode")[LOGITS].shape[-1] or 0)
-        self.context = int(self.evaluator.states("decode")[STATES[0]].shape[2] or 0)
-        self.chunk = int(self.evaluator.inputs("prefill")["tokens"].shape[1] or 0)
+        self.flexible = FLEXIBLE in self.evaluator.functions
+        whole = FLEXIBLE if self.flexible else "prefill"
+        self.vocab = int(self.evaluator.outputs(whole)[LOGITS].shape[-1] or 0)
+        self.context = int(self.evaluator.states(whole)[STATES[0]].shape[2] or 0)
+        self.chunk = int(self.evaluator.inputs(whole)["tokens"].shape[1] or self.context)
         self.reset()
 
     def logits(self, tokens: Sequence[int], start: int) -> np.ndarray:
         """fp32 [S, vocab]. Without `prefill_all`, token by token."""
         import numpy as np
 
-        every = "prefill_all" in self.evaluator.functions
-        rows = []
-        for part, at in self._parts(tokens, start, chunked=every):
-            if len(part) == 1:
-                rows.append(self._decode(part[0], at))
-            else:
-                rows.append(self._call("prefill_all", part, at)[: len(part)])
-        return np.concatenate(rows)
+        chunked = self.flexible or "prefill_all" in self.evaluator.functions
+        parts = self._parts(tokens, start, chunked=chunked)
+        return np.concatenate([self._call(part, at, every=True) for part, at in parts])
 
     def last_logits(self, tokens: Sequence[int], start: int) -> np.ndarray:
         """fp32 [vocab]."""
-        result = None
-        for part, at in self._parts(tokens, start, chunked=True):
-            result = self._decode(part[0], at) if len(part) == 1 else self._call("prefill", part, at)
-        assert result is not None, "no tokens"
-        return result[-1]
+        *before, (part, at) = self._parts(tokens, start, chunked=True)
+        for earlier, begin in before:
+            self._call(earlier, begin, every=False)
+        return self._call(part, at, every=False)[-1]
 
     def reset(self) -> None:
         """A new, empty state."""
         self.state = self.evaluator.make_state()
 
     def _parts(self, tokens: Sequence[int], start: int, *, chunked: bool) -> list[tuple[list[int], int]]:
-        """Chunks and where each starts; a chunk that would pass the cache's end goes token by token."""
+        """Chunks and where each starts; one that would pass the cache's end goes token by token."""
         parts, at = [], 0
         while at < len(tokens):
-            fits = chunked and start + at + self.chunk <= self.context
-            part = list(tokens[at : at + (self.chunk if fits else 1)])
+            fits = self.flexible or start + at + self.chunk <= self.context
+            part = list(tokens[at : at + (self.chunk if chunked and fits else 1)])
             parts.append((part, start + at))
             at += len(part)
         return parts
 
-    def _decode(self, token: int, at: int) -> np.ndarray:
-        return self._run("decode", {"tokens": [[token]], "start": [at]})
+    def _call(self, part: list[int], at: int, *, every: bool) -> np.ndarray:
+        """fp32 [S or 1, vocab]. A chunk is padded: what that writes is overwritten before anyone reads it."""
+        asked = list(range(len(part))) if every else [len(part) - 1]
+        if self.flexible:
+            return self._run(FLEXIBLE, tokens=[part], start=[at], last=asked)
+        if len(part) == 1:
+            return self._run("decode", tokens=[part], start=[at])
+        padded = part + [0] * (self.chunk - len(part))
+        if every:
+            return self._run("prefill_all", tokens=[padded], start=[at])[: len(part)]
+        return self._run("prefill", tokens=[padded], start=[at], last=asked)
 
-    def _call(self, function: str, part: list[int], at: int) -> np.ndarray:
-        """A padded chunk: what it writes past the real tokens is overwritten before anyone reads it."""
-        inputs: dict[str, Any] = {"tokens": [part + [0] * (self.chunk - len(part))], "start": [at]}
-        if function == "prefill":
-            inputs["last"] = [len(part) - 1]
-        return self._run(function, inputs)
-
-    def _run(self, function: str, inputs: dict[str, Any]) -> np.ndarray:
+    def _run(self, function: str, **inputs: Any) -> np.ndarray:
         import numpy as np
 
         arrays = {name: np.array(value, np.int32) for name, value in inputs.items()}

@@ -35,32 +35,39 @@ class Functions:
         self.tables = {"rotary_cos": cos[:, :half], "rotary_sin": sin[:, :half]}
         self.consts: dict[str, np.ndarray] = {}
 
-    def make(self, length: int, *, every: bool) -> Any:
+    def make(self, length: int | None, *, every: bool) -> Any:
         """`(tokens int32 [1, length], start int32 [1], last int32 [1]) -> logits fp16 [1, 1, vocab]`.
 
         `last` is the position of `tokens` whose logits are wanted: absent when there is but one, or
-        with `every`, where logits are [1, length, vocab].
+        with `every`, where logits are [1, length, vocab]. With no length, tokens may be any number up
+        to the context, and `last` any number of positions.
         """
         import coremltools as ct
         from coremltools.converters.mil import Builder as mb
-        from coremltools.converters.mil.mil import Function, types
+        from coremltools.converters.mil.mil import Function, get_new_symbol, types
 
         dims = self.program.dims
         cache = (dims.layers, dims.kv_heads, dims.context, dims.head_dim)
+        shapes: dict[str, tuple[Any, ...]] = {"tokens": (1, length), "start": (1,)}
+        if length is None:
+            several = ct.RangeDim(1, dims.context, default=1)
+            shapes |= {"tokens": (1, several), "last": (several,)}
+        elif length > 1 and not every:
+            shapes["last"] = (1,)
         specs = {
-            "tokens": mb.placeholder([1, length], types.int32),
-            "start": mb.placeholder([1], types.int32),
+            name: mb.placeholder(
+                [size if isinstance(size, int) else get_new_symbol(f"{name}_length") for size in shape],
+                types.int32,
+            )
+            for name, shape in shapes.items()
         }
-        if length > 1 and not every:
-            specs["last"] = mb.placeholder([1], types.int32)
         specs |= {name: mb.state_tensor_placeholder(cache, types.fp16) for name in STATES}
         mb.name_count.clear()  # it numbers the small constants, over all that this process ever built
         with Function(specs, opset_version=ct.target.iOS18) as function:
             logits = _Writer(self, function.inputs, length).run()
             function.set_outputs([logits])
-        function.set_input_types(
-            tuple(ct.TensorType(name=name, shape=tuple(spec.sym_shape)) for name, spec in specs.items())
-        )
+        shapes |= dict.fromkeys(STATES, cache)
+        function.set_input_types(tuple(ct.TensorType(name=name, shape=shapes[name]) for name in specs))
         return function
 
     def value(self, name: str, make: Callable[[], Tensor | np.ndarray], dtype: str) -> np.ndarray:
@@ -75,7 +82,7 @@ class Functions:
 class _Writer:
     """Writes one function, node by node."""
 
-    def __init__(self, functions: Functions, inputs: dict[str, Any], length: int) -> None:
+    def __init__(self, functions: Functions, inputs: dict[str, Any], length: int | None) -> None:
         from coremltools.converters.mil import Builder as mb
 
         self.mb, self.functions, self.inputs, self.length = mb, functions, inputs, length
@@ -137,7 +144,12 @@ class _Writer:
         """Rows of the rotary tables; and what each query sees, bool [1, 1, groups * S, context]."""
         import numpy as np
 
-        here = np.arange(self.length, dtype=np.int32)
+        here: Any = np.arange(self.length or 0, dtype=np.int32)
+        self.count: Any = np.int32(self.length or 0)
+        if self.length is None:
+            sizes = self._op("shape", "tokens_shape", x=self.inputs["tokens"])
+            self.count = self._op("gather", "tokens_count", x=sizes, indices=np.int32(1), axis=0)
+            here = self._op("range_1d", "tokens_range", start=np.int32(0), end=self.count, step=np.int32(1))
         positions = self._op("add", "positions", x=self.inputs["start"], y=here)
         cos, sin = (
             self._op("gather", f"{name}_rows", x=self._table(name), indices=positions, axis=0)
@@ -203,7 +215,7 @@ class _Writer:
         name = STATES[which]
         first = self.inputs["start"]
         begin = [np.array([layer, 0], np.int32), first, np.array([0], np.int32)]
-        end = self._op("add", f"{name}_end", x=first, y=np.int32(self.length))
+        end = self._op("add", f"{name}_end", x=first, y=self.count)
         ends = [np.array([layer + 1, dims.kv_heads], np.int32), end, np.array([dims.head_dim], np.int32)]
         bounds = [
             self._op("concat", f"{name}_{what}", values=values, axis=0)
@@ -235,7 +247,7 @@ class _Writer:
         natural = 1 / math.sqrt(dims.head_dim)
         if not math.isclose(scale, natural, rel_tol=1e-6):
             query = self._op("mul", "query_scaled", x=query, y=np.float16(scale / natural))
-        folded = [1, dims.kv_heads, dims.heads // dims.kv_heads * self.length, dims.head_dim]
+        folded = [1, dims.kv_heads, -1, dims.head_dim]
         query = self._op("reshape", "query_folded", x=query, shape=folded)
         out = self._op(
             "scaled_dot_product_attention",
@@ -245,7 +257,7 @@ class _Writer:
             value=self._of(v),
             attn_mask=self.mask,
         )
-        whole = [1, dims.heads, self.length, dims.head_dim]
+        whole = [1, dims.heads, -1, dims.head_dim]
         return self._op("reshape", "attention_heads", x=out, shape=whole)
 
     def _view(self, node: Node, x: Node, shape: Any) -> Any:

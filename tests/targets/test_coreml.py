@@ -20,9 +20,9 @@ TOKENS = [3 + 37 * index % 500 for index in range(48)]
 ABOUT = {"short": "a test", "license": "Apache-2.0"}
 
 
-def lower(program, folder):
+def lower(program, folder, **options):
     out = folder / "model.mlpackage"
-    coreml.lower(program, CoreML(chunk=16), ABOUT, out)
+    coreml.lower(program, CoreML(chunk=16, **options), ABOUT, out)
     return out
 
 
@@ -104,6 +104,24 @@ def test_the_pte_and_the_package_hold_the_same_codes(sandbox_bundle, named_data,
         data = np.ascontiguousarray(codes.data)
         assert digest(data) in blobs or data.tobytes() in whole, name
     assert pte.read(sandbox_bundle.path("program")).methods
+
+
+def test_one_function_of_any_length(qwen2, expected, tmp_path):
+    package = lower(qwen2, tmp_path, flexible=True)
+    assert set(open_package(package).functions) == {"main"}
+    runner = coreml.open(package, arithmetic="fp32")
+    assert kl(expected, runner.logits(TOKENS, 0)).mean() <= 1e-4
+    runner.reset()
+    runner.last_logits(TOKENS[:31], 0)
+    last = [runner.last_logits(TOKENS[at : at + 1], at) for at in range(31, 48)]
+    assert kl(expected[31:], np.stack(last)).mean() <= 1e-4
+
+
+def test_without_a_function_for_every_position_it_goes_token_by_token(qwen2, expected, tmp_path):
+    package = lower(qwen2, tmp_path, all_logits=False)
+    assert set(open_package(package).functions) == {"decode", "prefill"}
+    runner = coreml.open(package, arithmetic="fp32")
+    assert kl(expected[:8], runner.logits(TOKENS[:8], 0)).mean() <= 1e-4
 
 
 def test_two_packages_have_the_same_bytes(qwen2, tmp_path):
