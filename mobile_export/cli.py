@@ -78,8 +78,11 @@ def _export(platform: str, *, as_json: bool, **options: Any) -> None:
 @click.option("--model", help="The source, where the bundle was made of a folder or file.")
 @click.option("--quick", is_flag=True, help="The short prompts only; no committed golden is needed.")
 @click.option("--artifact-only", is_flag=True, help="Only the artefact against the golden.")
+@click.option("--runtime", type=click.Choice(["coreml"]), help="On a Mac, untested: in Core ML itself too.")
 @JSON
-def parity(bundle: Path, model: str | None, quick: bool, artifact_only: bool, as_json: bool) -> None:
+def parity(
+    bundle: Path, model: str | None, quick: bool, artifact_only: bool, runtime: str | None, as_json: bool
+) -> None:
     """Run source, traced, quantized and artefact over the golden; exit 1 when a limit is passed."""
     from mobile_export import console
     from mobile_export.bundle import load, verify
@@ -90,7 +93,9 @@ def parity(bundle: Path, model: str | None, quick: bool, artifact_only: bool, as
     console.json_only(as_json)
     opened = load(bundle)
     verify(opened)
-    report = run(inputs(opened, model=model, short=quick), STAGES[-1:] if artifact_only else STAGES)
+    report = run(
+        inputs(opened, model=model, short=quick, runtime=runtime), STAGES[-1:] if artifact_only else STAGES
+    )
     if as_json:
         _print_json(report)
     else:
@@ -148,7 +153,7 @@ def run(bundle: Path, prompt: str, **options: Any) -> None:
 @JSON
 @click.option("--ranges", is_flag=True, help="Core ML: run it, and list the ops nearest to fp16's end.")
 def inspect(path: Path, as_json: bool, ranges: bool) -> None:
-    """Verify a bundle and show what it holds; or look into a .pte, .gguf or .safetensors file."""
+    """Verify a bundle and show what it holds; or look into a .pte, .mlpackage, .gguf or .safetensors."""
     if ranges:
         from mobile_export import console
         from mobile_export.bundle import load

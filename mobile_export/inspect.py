@@ -13,6 +13,7 @@ import msgspec
 from mobile_export import bundle, console, pte
 from mobile_export.errors import ExportError
 from mobile_export.manifest import Manifest
+from mobile_export.mlpackage import TensorType, open_package, tensor_type
 from mobile_export.pte import PteSummary, Value
 from mobile_export.tensors import read_header
 
@@ -28,22 +29,36 @@ class Weights(msgspec.Struct, frozen=True):
     """A GGUF's short metadata values."""
 
 
+class PackageFunction(msgspec.Struct, frozen=True):
+    """A function of a Core ML package: tensors by name as `dtype [shape]`, ops by type."""
+
+    name: str
+    inputs: dict[str, str]
+    states: dict[str, str]
+    outputs: dict[str, str]
+    ops: dict[str, int]
+
+
 class InspectReport(msgspec.Struct, frozen=True):
     """What `inspect` found; the parts that do not apply are null."""
 
-    kind: Literal["bundle", "pte", "gguf", "safetensors"]
+    kind: Literal["bundle", "pte", "mlpackage", "gguf", "safetensors"]
     name: str
     bytes: int
     manifest: Manifest | None = None
     program: PteSummary | None = None
     weights: Weights | None = None
+    package: list[PackageFunction] | None = None
 
 
 def inspect(path: Path) -> InspectReport:
-    """Look into a bundle's folder (every file is verified), a `.pte`, `.gguf` or `.safetensors`.
+    """Look into a bundle (every file is verified), a `.pte`, `.mlpackage`, `.gguf` or `.safetensors`.
 
     Raises ExportError when it is none of these, damaged, or the bundle is not as its manifest says.
     """
+    if path.is_dir() and path.suffix == ".mlpackage":
+        size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+        return InspectReport("mlpackage", path.name, size, package=_package(path))
     if path.is_dir():
         return _bundle(path)
     if not path.is_file():
@@ -56,7 +71,8 @@ def inspect(path: Path) -> InspectReport:
     if path.suffix == ".safetensors":
         return InspectReport("safetensors", path.name, size, weights=_safetensors(path))
     raise ExportError(
-        f"cannot inspect '{path.name}'", "name a bundle's folder, or a .pte, .gguf or .safetensors file"
+        f"cannot inspect '{path.name}'",
+        "name a bundle's folder, or a .pte, .mlpackage, .gguf or .safetensors",
     )
 
 
@@ -71,7 +87,34 @@ def _bundle(folder: Path) -> InspectReport:
             if returned != value and [returned] != value:  # a list of one is a single value in the file
                 message = f"the manifest says that {name} is {value}, and the program returns {returned}"
                 raise ExportError(message, "export it again")
-    return InspectReport("bundle", folder.resolve().name, found.bytes, found.manifest, summary)
+    package = _package(program) if program.suffix == ".mlpackage" else None
+    name = folder.resolve().name
+    return InspectReport("bundle", name, found.bytes, found.manifest, summary, package=package)
+
+
+def _package(path: Path) -> list[PackageFunction]:
+    package = open_package(path)
+    found = []
+    for name in sorted(package.functions):
+        kinds = {one.name: tensor_type(one.type) for one in package.functions[name].inputs}
+        made = {out.name: out.type for op in package.operations(name) for out in op.outputs}
+        outputs = {one: tensor_type(made[one]) for one in package.block(name).outputs}
+        ops = Counter(op.type for op in package.operations(name) if op.type != "const")
+        found.append(
+            PackageFunction(
+                name=name,
+                inputs={one: _kind(kind) for one, kind in kinds.items() if not kind.state},
+                states={one: _kind(kind) for one, kind in kinds.items() if kind.state},
+                outputs={one: _kind(kind) for one, kind in outputs.items()},
+                ops=dict(ops.most_common()),
+            )
+        )
+    return found
+
+
+def _kind(kind: TensorType) -> str:
+    sizes = ", ".join("any" if size is None else str(size) for size in kind.shape)
+    return f"{kind.dtype} [{sizes}]"
 
 
 def _safetensors(path: Path) -> Weights:
@@ -108,6 +151,8 @@ def render(report: InspectReport) -> None:
         _render_manifest(report.manifest)
     if report.program is not None:
         _render_program(report.program)
+    for function in report.package or []:
+        _render_function(function)
     if report.weights is not None:
         weights = report.weights
         rows = [[dtype, count] for dtype, count in weights.dtypes.items()]
@@ -157,6 +202,13 @@ def _render_program(program: PteSummary) -> None:
     console.table("\nConstant methods", ["name", "returns"], constants)
     sizes = [[kind, console.human_bytes(size)] for kind, size in program.segments.items()]
     console.table("\nSegments", ["kind", "size"], sizes)
+
+
+def _render_function(function: PackageFunction) -> None:
+    console.say(f"\nFunction {function.name}")
+    for word, values in (("in", function.inputs), ("state", function.states), ("out", function.outputs)):
+        console.say(f"  {word}  " + ", ".join(f"{name} {kind}" for name, kind in values.items()))
+    console.say("  ops  " + ", ".join(f"{name} {count}" for name, count in function.ops.items()))
 
 
 def _shape(value: Value) -> str:

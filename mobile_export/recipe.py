@@ -71,7 +71,7 @@ class Evaluated(_Table, frozen=True):
     total: Threshold = Threshold(kl_mean=0.003, top1=0.97)
     """Against the source, in either arithmetic."""
     rounding: Threshold = Threshold(kl_mean=0.002, top1=0.97)
-    """Every op's result rounded to fp16, against fp32 throughout."""
+    """Against the stage before: in fp32 the quantized program, in per-op fp16 the package in fp32."""
 
 
 class Parity(_Table, frozen=True):

@@ -32,9 +32,13 @@ class Inputs:
     recipe: Recipe
     checkpoint: Checkpoint
     golden: Golden
+    runtime: str | None = None
+    """`coreml`: run the artefact in Core ML itself too."""
 
 
-def inputs(bundle: Bundle, *, model: str | None = None, short: bool = False) -> Inputs:
+def inputs(
+    bundle: Bundle, *, model: str | None = None, short: bool = False, runtime: str | None = None
+) -> Inputs:
     """The recipe from the manifest, the source it was made of (`model` where that was a path), its golden.
 
     Raises ExportError when the source is another one, or has no golden.
@@ -56,7 +60,7 @@ def inputs(bundle: Bundle, *, model: str | None = None, short: bool = False) -> 
         golden = short_golden(checkpoint, recipe.context)
     else:
         golden = find(checkpoint, load_prompts()).subset(context=recipe.context)
-    return Inputs(bundle, recipe, checkpoint, golden)
+    return Inputs(bundle, recipe, checkpoint, golden, runtime)
 
 
 def parity(given: Inputs, stages: tuple[str, ...] = STAGES) -> ParityReport:
@@ -73,7 +77,7 @@ def parity(given: Inputs, stages: tuple[str, ...] = STAGES) -> ParityReport:
             references = {"golden": given.golden.observation, before: seen}
             observed = _observe(given, runner, references)
             groups.append(_consistency(given, stage, runner))
-        limit = _limit(limits, stage)
+        limit = _limit(limits, stage, before)
         lines.append(_line(given, stage, before, seen, observed, limit))
         if stage.startswith("artifact") and before != "golden":
             total = limits.total if stage == "artifact" else limits.coreml.total
@@ -98,15 +102,16 @@ def _runners(given: Inputs, stages: tuple[str, ...]) -> Iterator[tuple[str, Runn
         if stage == "source":
             yield stage, HFRunner(given.checkpoint.model())
         elif stage == "artifact":
-            yield from runners(given.bundle.manifest.target, given.bundle.path("program"))
+            yield from runners(given.bundle.manifest.target, given.bundle.path("program"), given.runtime)
         else:
             last = {"traced": "trace", "quantized": "quantize"}[stage]
             yield stage, reference.open(passes.run(given.checkpoint, given.recipe, last=last).program)
 
 
-def _limit(limits: Any, stage: str) -> Threshold:
-    named = {"source": "traced", "artifact fp32": "artifact"}
-    return limits.coreml.rounding if stage == "artifact fp16" else getattr(limits, named.get(stage, stage))
+def _limit(limits: Any, stage: str, before: str) -> Threshold:
+    if stage.startswith("artifact "):  # in an arithmetic
+        return limits.coreml.total if before == "golden" else limits.coreml.rounding
+    return limits.traced if stage == "source" else getattr(limits, stage)
 
 
 def _observe(given: Inputs, runner: Runner, references: dict[str, Observation]) -> Observation:

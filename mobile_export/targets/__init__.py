@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from mobile_export.errors import ExportError
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -30,14 +32,23 @@ def target(name: str) -> Any:
     return importlib.import_module(f"mobile_export.targets.{name}")
 
 
-def runners(name: str, artifact: Path) -> Iterator[tuple[str, Any]]:
-    """Stage and runner, one at a time: `artifact`, or one for each arithmetic that the target tells apart."""
+def runners(name: str, artifact: Path, runtime: str | None = None) -> Iterator[tuple[str, Any]]:
+    """Stage and runner, one at a time: `artifact`, or one for each arithmetic that the target tells apart.
+
+    `runtime` `coreml` adds Core ML itself, `artifact device`.
+    """
+    if runtime and name != runtime:
+        raise ExportError(
+            f"a bundle of {name} does not run in {runtime}", "name a bundle that `ios` exported"
+        )
     module = target(name)
     arithmetics = getattr(module, "ARITHMETICS", ())
     for arithmetic in arithmetics:
         yield f"artifact {arithmetic}", module.open(artifact, arithmetic=arithmetic)
     if not arithmetics:
         yield "artifact", module.open(artifact)
+    if runtime:
+        yield "artifact device", target(f"{runtime}_device").open(artifact)
 
 
 @dataclass(frozen=True)

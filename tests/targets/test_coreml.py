@@ -1,6 +1,8 @@
 """The `.mlpackage` in the evaluator against the quantized program; what it holds; what parity would catch."""
 
 import hashlib
+import json
+import sys
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from mobile_export import pte
 from mobile_export.bundle import load, verify
 from mobile_export.evaluate.ranges import Ranges
 from mobile_export.export import export
+from mobile_export.inspect import inspect
 from mobile_export.mlpackage import open_package
 from mobile_export.parity import kl_divergence
 from mobile_export.recipe import CoreML
@@ -145,6 +148,15 @@ def test_a_bundle_that_answers(tmp_path, cli, spec):
     assert "not on the device" in result.manifest.runtime.notes[0]
     done = cli("inspect", "--ranges", out)
     assert done.returncode == 0 and "layers_1_" in done.stdout
+    done = cli("inspect", out)
+    assert "Function prefill" in done.stdout and "scaled_dot_product_attention 2" in done.stdout
+    assert inspect(bundle.path("program")).package == inspect(out).package
+    done = cli("parity", "--quick", "--runtime", "coreml", "--artifact-only", out)
+    if sys.platform != "darwin":
+        assert done.returncode == 2 and "Core ML runs on a Mac only" in done.stderr
+    done = cli("parity", "--quick", "--artifact-only", "--json", out)
+    stages = [line["stage"] for line in json.loads(done.stdout)["stages"]]
+    assert done.returncode == 0 and stages == ["artifact fp32", "artifact fp16", "artifact fp16"]
     assert cli("run", out, "Hello", "--max-tokens", "3").returncode == 0
     assert cli("lint", out).returncode == 0
 
