@@ -85,18 +85,32 @@ def sandbox_bundle(exported):
 
 
 @pytest.fixture(scope="session")
-def real_bundle(tmp_path_factory):
-    """The default model's bundle, exported once a session unless MOBILE_EXPORT_REAL_BUNDLE names one."""
+def real_bundles(tmp_path_factory):
+    """The default model's bundle of a platform, exported once a session: trace and quantize once for all.
+
+    MOBILE_EXPORT_REAL names a folder that has them already, e.g. dist/qwen2.5-coder-0.5b-instruct.
+    """
     from mobile_export.bundle import load, verify
     from mobile_export.export import export
 
-    given = os.environ.get("MOBILE_EXPORT_REAL_BUNDLE")
-    folder = Path(given) if given else tmp_path_factory.mktemp("real") / "android"
-    if not given:
-        export("android", out=folder, measure=False)
-    bundle = load(folder)
-    verify(bundle)
-    return bundle
+    given = os.environ.get("MOBILE_EXPORT_REAL")
+    base = Path(given) if given else tmp_path_factory.mktemp("real")
+
+    @cache
+    def made(platform):
+        if not given:
+            export(platform, out=base / platform, measure=False)
+        bundle = load(base / platform)
+        verify(bundle)
+        return bundle
+
+    return made
+
+
+@pytest.fixture(scope="session")
+def real_bundle(real_bundles):
+    """The default model's ExecuTorch bundle."""
+    return real_bundles("android")
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import platform
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,7 @@ class DeviceRunner:
     """Token by token through `decode`: coremltools loads one function a model, and a state is its model's."""
 
     def __init__(self, artifact: Path) -> None:
-        if sys.platform != "darwin":
+        if platform.system() != "Darwin":
             raise ExportError(
                 "Core ML runs on a Mac only", "leave --runtime away: the evaluator runs the package here"
             )
