@@ -100,6 +100,8 @@ def parity(
         _print_json(report)
     else:
         console.table(*table(report))
+        if report.claim:
+            console.say(report.claim)
     sys.exit(0 if report.passed else 1)
 
 

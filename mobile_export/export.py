@@ -103,7 +103,8 @@ def _fill(
     seconds["lower"] = round(cost.seconds, 1)
     normalize = write_tokenizers(checkpoint, draft)
     draft.path("NOTICE", "notice").write_text(_notice(checkpoint), "utf-8")
-    with console.step("parity in the real runtime") as cost:
+    where = "the evaluator" if hasattr(target(name), "ARITHMETICS") else "the real runtime"
+    with console.step(f"parity in {where}") as cost:
         quality: dict[str, dict[str, Any]] = {}
         selftest: dict[str, Any] = {}
         for stage, runner in runners(name, lowered.artifact):

@@ -87,6 +87,8 @@ class ParityReport(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     """Digest of the source."""
     stages: tuple[StageResult, ...]
     consistency: tuple[Consistency, ...] = ()
+    claim: str = ""
+    """What the artefact's figures do not show, where it did not run in its own runtime."""
 
     @property
     def passed(self) -> bool:

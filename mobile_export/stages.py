@@ -12,7 +12,7 @@ from mobile_export.bundle import Bundle
 from mobile_export.errors import ExportError
 from mobile_export.parity import ParityReport, StageResult, compare, stage_result
 from mobile_export.recipe import Recipe, Threshold, parse_recipe
-from mobile_export.targets import reference, runners
+from mobile_export.targets import reference, runners, target
 
 if TYPE_CHECKING:
     from mobile_export.cases import Observation
@@ -90,6 +90,7 @@ def parity(given: Inputs, stages: tuple[str, ...] = STAGES) -> ParityReport:
         checkpoint=given.checkpoint.digest,
         stages=tuple(lines),
         consistency=tuple(groups),
+        claim=getattr(target(given.bundle.manifest.target), "CLAIM", ""),
     )
 
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from mobile_export.recipe import Recipe
 
 ARITHMETICS = ("fp32", "fp16")
+CLAIM = "Verified against the documented semantics of the program, not on the device."
 PACKAGE = "model.mlpackage"
 _DATA = "Data/com.apple.CoreML"
 FLEXIBLE = "main"
@@ -57,7 +58,7 @@ def write(program: Program, recipe: Recipe, checkpoint: Checkpoint, draft: Draft
         name="Core ML",
         minimum_version="iOS 18",
         notes=[
-            "Verified against the documented semantics of the program, not on the device.",
+            CLAIM,
             _how(recipe.coreml),
         ],
     )

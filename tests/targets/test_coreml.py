@@ -10,6 +10,7 @@ import torch
 
 from mobile_export import pte
 from mobile_export.bundle import load, verify
+from mobile_export.errors import ExportError
 from mobile_export.evaluate.ranges import Ranges
 from mobile_export.export import export
 from mobile_export.inspect import inspect
@@ -155,13 +156,14 @@ def test_a_bundle_that_answers(tmp_path, cli, spec):
     if sys.platform != "darwin":
         assert done.returncode == 2 and "Core ML runs on a Mac only" in done.stderr
     done = cli("parity", "--quick", "--artifact-only", "--json", out)
+    assert "not on the device" in json.loads(done.stdout)["claim"]
     stages = [line["stage"] for line in json.loads(done.stdout)["stages"]]
     assert done.returncode == 0 and stages == ["artifact fp32", "artifact fp16", "artifact fp16"]
     assert cli("run", out, "Hello", "--max-tokens", "3").returncode == 0
     assert cli("lint", out).returncode == 0
 
 
-def test_an_op_past_fp16_is_named_with_its_layer(qwen2, tmp_path, monkeypatch):
+def test_an_op_past_fp16_is_named_with_its_layer(qwen2, spec, tmp_path, monkeypatch):
     """A norm whose weight is huge: its own product leaves the range."""
     value = coreml_graph.Functions.value
 
@@ -175,6 +177,9 @@ def test_an_op_past_fp16_is_named_with_its_layer(qwen2, tmp_path, monkeypatch):
     runner.logits(TOKENS, 0)
     worst = ranges.overflowing()[0]
     assert worst.layer == 1 and worst.name == "layers_1_post_attention_layernorm"
+    with pytest.raises(ExportError, match="mul 'layers_1_post_attention_layernorm' of layer 1 reaches"):
+        export("ios", model=spec("qwen2"), out=tmp_path / "ios")
+    assert not (tmp_path / "ios").exists()
 
 
 class TestNegativeControls:
