@@ -144,6 +144,94 @@ class Quality(_Table, frozen=True):
     """Tokens in each continuation."""
 
 
+class DeviceInfo(_Table, frozen=True):
+    """What it was measured on, as the user named it."""
+
+    name: str
+    """E.g. `host` or `ssh:pi@board`."""
+    kind: str
+    """`host`, `ssh`, `adb`, `ios` or `qemu-arm64`."""
+    not_speed: str = ""
+    """Why nothing measured there is a speed, e.g. `emulated by qemu`; empty on real hardware."""
+
+
+class Battery(_Table, frozen=True):
+    """A device's battery."""
+
+    percent: float
+    charging: bool
+    celsius: float | None = None
+
+
+class State(_Table, frozen=True):
+    """The device just before or after a round (or the long run: round -1), when nothing of ours ran.
+
+    What a system does not tell is empty, None or `unknown`.
+    """
+
+    threads: int
+    round: int
+    when: Literal["before", "after"]
+    governor: str = "unknown"
+    mhz: tuple[float, ...] = ()
+    """Each core's clock."""
+    celsius: dict[str, float] = {}
+    """By sensor."""
+    thermal: str = "unknown"
+    """The system's own word: Android's or iOS's thermal status; `throttled` or `none` on Linux."""
+    battery: Battery | None = None
+    load_average: float | None = None
+    """Over one minute; our own rounds are in it."""
+    busy: float | None = None
+    """Cores that others kept busy."""
+
+
+class FirstToken(_Table, frozen=True):
+    """From a text to the first token of its answer, from an empty cache."""
+
+    contender: str
+    threads: int
+    round: int
+    tokens: int
+    """Of the text."""
+    tokenize_ns: int
+    prefill_ns: int
+    """From token ids to the first answered token, picked."""
+
+
+class LongRun(_Table, frozen=True):
+    """One regime over and over without a pause: a device that gets hot gets slower."""
+
+    contender: str
+    threads: int
+    decode_ns: tuple[tuple[int, ...], ...]
+    """Tokens of each repetition, all from the same depth."""
+
+
+class Check(_Table, frozen=True):
+    """A contender on that device against its bundle's selftest."""
+
+    contender: str
+    threads: int
+    matched: int
+    """Greedy tokens that are the source's, before the first that is not, over all cases."""
+    expected: int
+    """The same, as exported."""
+
+
+class Samples(_Table, frozen=True):
+    """What a device measured of contenders."""
+
+    machine: Machine
+    states: tuple[State, ...] = ()
+    checks: tuple[Check, ...] = ()
+    loads: tuple[Load, ...] = ()
+    memory: tuple[Memory, ...] = ()
+    turns: tuple[Turn, ...] = ()
+    first_tokens: tuple[FirstToken, ...] = ()
+    long_runs: tuple[LongRun, ...] = ()
+
+
 class Report(_Table, frozen=True):
     """One run of the bench."""
 
