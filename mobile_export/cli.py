@@ -31,7 +31,7 @@ def _export_options(platform: str) -> Callable[[Callable[..., Any]], Callable[..
         MODEL,
         click.option("--recipe", metavar="NAME|FILE.toml", help="How to quantize and lower. Default: int8."),
         click.option("--context", type=int, help="Positions in the KV cache. Default: the recipe's, 2048."),
-        click.option("--out", type=click.Path(path_type=Path), help=f"Default: dist/MODEL/{platform}."),
+        click.option("--out", type=click.Path(path_type=Path), help=f"Default: dist/MODEL{platform}."),
         REVISION,
         JSON,
     )
@@ -45,7 +45,7 @@ def _export_options(platform: str) -> Callable[[Callable[..., Any]], Callable[..
 
 
 @cli.command()
-@_export_options("android")
+@_export_options("/android")
 @click.option("--measure/--no-measure", default=True, help="Measure speed on this host afterwards.")
 def android(**options: Any) -> None:
     """Write an ExecuTorch bundle (.pte) for the stock Android and iOS runtimes."""
@@ -53,10 +53,35 @@ def android(**options: Any) -> None:
 
 
 @cli.command()
-@_export_options("ios")
+@_export_options("/ios")
 def ios(**options: Any) -> None:
     """Write a Core ML bundle (.mlpackage, iOS 18), checked by evaluating the package on this machine."""
     _export("ios", **options)
+
+
+@cli.command()
+@_export_options("/onnx")
+def onnx(**options: Any) -> None:
+    """Write an ONNX bundle (.onnx) for the stock ONNX Runtime packages of Android and iOS."""
+    _export("onnx", **options)
+
+
+@cli.command()
+@_export_options("")
+def all(as_json: bool, **options: Any) -> None:  # noqa: A001
+    """Write the bundles of all platforms: traced once, quantized once, the same codes in each."""
+    from mobile_export import console
+    from mobile_export.export import export_all
+
+    console.json_only(as_json)
+    with console.step("all platforms") as cost:
+        results = export_all(progress=_progress, **options)
+    if as_json:
+        _print_json({"bundles": results, "seconds": cost.seconds, "peak_bytes": cost.peak_bytes})
+    else:
+        from mobile_export.summary import compare
+
+        compare(results)
 
 
 def _export(platform: str, *, as_json: bool, **options: Any) -> None:
@@ -64,13 +89,17 @@ def _export(platform: str, *, as_json: bool, **options: Any) -> None:
     from mobile_export.export import export
 
     console.json_only(as_json)
-    result = export(platform, progress=lambda line: click.echo(line, err=True), **options)
+    result = export(platform, progress=_progress, **options)
     if as_json:
         _print_json(result)
     else:
         from mobile_export.summary import summarize
 
         summarize(result)
+
+
+def _progress(line: str) -> None:
+    click.echo(line, err=True)
 
 
 @cli.command()
@@ -217,7 +246,7 @@ def record(model: str | None, revision: str | None, out: Path | None) -> None:
     from mobile_export.golden import save
     from mobile_export.prompts import golden_folder, load_prompts
 
-    checkpoint = resolve(model, revision=revision, progress=lambda line: click.echo(line, err=True))
+    checkpoint = resolve(model, revision=revision, progress=_progress)
     with console.step("golden"):
         recorded = ask(checkpoint, load_prompts(), lambda name: click.echo(f"  {name}", err=True))
     folder = (out or golden_folder()) / checkpoint.name

@@ -1,4 +1,4 @@
-"""One export, from a model's name to a bundle that passed parity in its real runtime."""
+"""Exports, from a model's name to bundles that passed parity in their real runtimes."""
 
 from __future__ import annotations
 
@@ -27,47 +27,65 @@ class ExportResult(msgspec.Struct, frozen=True):
     manifest: manifest.Manifest
     passes: list[dict[str, Any]]
     seconds: dict[str, float]
-    speed: list[Speed]
+    speed: list[Speed] = []
 
 
-def export(
-    platform: str,
+def export(platform: str, *, out: Path | None = None, measure: bool = True, **how: Any) -> ExportResult:
+    """Write the bundle of a model for a platform; see `mobile-export PLATFORM --help`, and `export_all`.
+
+    `measure`: time an ExecuTorch bundle on this host afterwards.
+    """
+    if platform not in PLATFORMS:
+        raise ExportError(f"unknown platform '{platform}'", nearest(platform, PLATFORMS))
+    (result,) = _export({platform: out}, **how)
+    if measure and platform == "android":
+        return msgspec.structs.replace(result, speed=_speed(Path(result.folder)))
+    return result
+
+
+def export_all(*, out: Path | None = None, **how: Any) -> list[ExportResult]:
+    """Write a model's bundle for every platform, each in a folder of its name under `out` (dist/MODEL).
+
+    The model is traced and quantized once. Each bundle appears when it has passed: those before one
+    that fails stay.
+    """
+    return _export({platform: out and out / platform for platform in PLATFORMS}, **how)
+
+
+def _export(
+    folders: dict[str, Path | None],
     *,
     model: str | None = None,
     recipe: str | None = None,
     context: int | None = None,
-    out: Path | None = None,
     revision: str | None = None,
     progress: Callable[[str], None] | None = None,
-    measure: bool = True,
-) -> ExportResult:
-    """Write the bundle of a model for a platform; see `mobile-export PLATFORM --help`.
+) -> list[ExportResult]:
+    """Bundles by platform, in their folders or under dist/MODEL.
 
-    Nothing appears under `out` unless the artefact, executed by its real runtime, agrees with the
+    Nothing appears in a folder unless the artefact, executed by its real runtime, agrees with the
     fp32 source within the recipe's `parity.total`. Raises ExportError.
     """
     from mobile_export import passes
     from mobile_export.checkpoint import resolve
 
-    if platform not in PLATFORMS:
-        raise ExportError(f"unknown platform '{platform}'", nearest(platform, PLATFORMS))
     chosen = load_recipe(recipe or default_recipe(model), context=context)
     with console.step("model"):
         checkpoint = resolve(model, revision=revision, progress=progress)
     _refuse_context(checkpoint, chosen)
-    folder = out or Path("dist") / checkpoint.name / platform
-    bundle.refuse_other(folder)
+    base = Path("dist") / checkpoint.name
+    targets = {platform: out or base / platform for platform, out in folders.items()}
+    for folder in targets.values():
+        bundle.refuse_other(folder)
     passed = passes.run(checkpoint, chosen)
-    seconds: dict[str, float] = {}
-    with bundle.create(folder) as draft:
-        made = _fill(draft, platform, checkpoint, chosen, passed.program, seconds)
-    return ExportResult(
-        folder=str(folder),
-        manifest=made,
-        passes=[_cost(ran) for ran in passed.log],
-        seconds=seconds,
-        speed=_speed(folder) if measure and platform == "android" else [],
-    )
+    costs = [_cost(ran) for ran in passed.log]
+    results = []
+    for platform, folder in targets.items():
+        seconds: dict[str, float] = {}
+        with bundle.create(folder) as draft:
+            made = _fill(draft, platform, checkpoint, chosen, passed.program, seconds)
+        results.append(ExportResult(str(folder), made, costs, seconds))
+    return results
 
 
 def default_recipe(model: str | None) -> str:

@@ -43,6 +43,17 @@ class CoreML(_Table, frozen=True):
     """One function `main` for any number of tokens instead; with state it stays off the Neural Engine."""
 
 
+class ONNX(_Table, frozen=True):
+    """Options of the ONNX target."""
+
+    kv_cache: Literal["fp32", "fp16"] = "fp32"
+    """Type of the KV cache, which the caller owns."""
+    block: Literal[16, 32, 64, 128, 256] = 128
+    """Columns that share one scale of the activations inside a product; a weight's own scale is its row's."""
+    accuracy_level: Literal[0, 4] = 4
+    """4: activations are int8 inside a product. 0: fp32, for CPUs without dot-product instructions."""
+
+
 class Threshold(_Table, frozen=True):
     """Limits between two stages; a stage over any of them fails."""
 
@@ -94,6 +105,7 @@ class Recipe(_Table, frozen=True):
     quantize: Quantize = Quantize()
     executorch: ExecuTorch = ExecuTorch()
     coreml: CoreML = CoreML()
+    onnx: ONNX = ONNX()
     parity: Parity = Parity()
 
     @property

@@ -1,6 +1,8 @@
-"""The table at the end of an export."""
+"""The table at the end of an export, and of several."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from mobile_export import console
 from mobile_export.export import ExportResult
@@ -22,6 +24,29 @@ def summarize(result: ExportResult) -> None:
     for note in made.runtime.notes:
         console.say(f"note     {note}")
     _costs(result)
+
+
+def compare(results: Sequence[ExportResult]) -> None:
+    """Print one line a bundle: the artefact's size, what it lost, what it took."""
+    rows = []
+    for result in results:
+        made = result.manifest
+        size = sum(file.bytes for file in made.files.values() if file.role == "program")
+        *_, (stage, metrics) = made.quality.items()
+        rows.append(
+            [
+                result.folder,
+                made.runtime.name,
+                console.human_bytes(size),
+                stage.removeprefix("source -> ").removesuffix(", short prompts"),
+                metrics["kl_mean"],
+                metrics["top1"],
+                f"{result.seconds['lower']} s",
+                f"{result.seconds['parity']} s",
+            ]
+        )
+    columns = ("bundle", "runtime", "artefact", "proven as", "KL", "top-1", "lower", "parity")
+    console.table("", columns, rows)
 
 
 def _outside(made: Manifest) -> None:

@@ -45,7 +45,7 @@ def test_help_is_instant(cli):
         times.append(time.perf_counter() - begin)
         assert done.returncode == 0 and done.stderr == ""
     assert statistics.median(times) < 0.5, "0.1 s on an idle machine"
-    for name in ("android", "ios", "lint", "golden", "parity", "run", "inspect", "doctor"):
+    for name in ("android", "ios", "onnx", "all", "lint", "golden", "parity", "run", "inspect", "doctor"):
         assert re.search(rf"^  {name} ", done.stdout, re.MULTILINE)
 
 
@@ -56,7 +56,9 @@ def test_the_shell_imports_nothing_heavy(command):
     assert done.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("name", [(), ("android",), ("golden",), ("golden", "record"), ("run",), ("parity",)])
+@pytest.mark.parametrize(
+    "name", [(), ("android",), ("all",), ("golden",), ("golden", "record"), ("run",), ("parity",)]
+)
 def test_each_command_explains_itself(cli, name):
     done = cli(*name, "-h")
     assert done.returncode == 0 and done.stdout.startswith("Usage: ")

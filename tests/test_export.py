@@ -1,5 +1,6 @@
 """One export, whole: what a bundle holds, that it comes out the same, and that a bad one is not written."""
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -12,8 +13,10 @@ from mobile_export import bundle, manifest
 from mobile_export.checkpoint import resolve
 from mobile_export.errors import ExportError
 from mobile_export.export import export
+from mobile_export.mlpackage import open_package
 from mobile_export.recipe import load_recipe
 from mobile_export.targets import executorch
+from mobile_export.targets.onnx_weights import codes_of
 
 
 def contents(folder):
@@ -135,3 +138,23 @@ def test_a_folder_that_is_not_a_bundle_stays(spec, tmp_path):
     with pytest.raises(ExportError, match="'android' exists and is not a bundle; choose another --out"):
         export("android", model=spec(), context=64, out=mine.parent, measure=False)
     assert contents(tmp_path) == {"android/letter.txt": b"dear"}
+
+
+def test_all_platforms_carry_the_same_codes(exported, spec, cli, named_data, tmp_path):
+    done = cli("all", "--model", spec(), "--context", "64", "--json", "--out", "here", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)
+    assert said["seconds"] > 0 and said["peak_bytes"] > 1e6
+    assert [one["folder"] for one in said["bundles"]] == ["here/android", "here/ios", "here/onnx"]
+    assert contents(tmp_path / "here/android") == contents(Path(exported.folder))
+
+    android, ios, onnx = (bundle.load(tmp_path / "here" / name) for name in ("android", "ios", "onnx"))
+    found = {hashlib.sha256(blob).hexdigest() for blob in named_data(android.path("program"))}
+    core = {sha256(one.data) for one in open_package(ios.path("program")).codes().values()}
+    ort = {name: sha256(codes) for name, codes in codes_of(onnx.path("program")).items()}
+    assert len(ort) == 2 * 7 + 1
+    assert set(ort.values()) == core <= found
+
+
+def sha256(codes):
+    return hashlib.sha256(np.ascontiguousarray(codes)).hexdigest()

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from mobile_export.manifest import Contract, Runtime
 
-PLATFORMS = {"android": "executorch", "ios": "coreml"}
+PLATFORMS = {"android": "executorch", "ios": "coreml", "onnx": "onnx"}
 """The target of each platform."""
 
 

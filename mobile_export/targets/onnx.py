@@ -4,20 +4,58 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mobile_export.targets.onnx_file import ModelFile
+from mobile_export.manifest import Contract, Method, Runtime, TensorInfo
+from mobile_export.targets import Lowered
+from mobile_export.targets.onnx_file import ModelFile, data_file
 from mobile_export.targets.onnx_graph import build
-from mobile_export.targets.onnx_io import LOGITS, MASK, PAST, PRESENT, READ, TOKENS, Options
+from mobile_export.targets.onnx_io import LOGITS, MASK, PAST, PRESENT, READ, TOKENS, cache_names
 from mobile_export.targets.onnx_weights import METADATA
-from mobile_export.types import Program
+from mobile_export.types import Checkpoint, Dims, Program
 
 if TYPE_CHECKING:
     import numpy as np
 
+    from mobile_export.bundle import Draft
+    from mobile_export.recipe import ONNX as Options
+    from mobile_export.recipe import Recipe
+
 CHUNK = 128
 """Tokens in one call, at most: what a call needs beside the weights grows with them, its speed hardly."""
+
+
+def write(program: Program, recipe: Recipe, checkpoint: Checkpoint, draft: Draft) -> Lowered:
+    """Write `model.onnx` and its data file into a bundle and say what they need and how they are called."""
+    from mobile_export.checkpoint.load import eos_ids
+
+    artifact = draft.path("model.onnx", "program")
+    draft.path(data_file(artifact).name, "program")
+    lower(program, recipe.onnx, artifact)
+    int8, needs = recipe.onnx.accuracy_level > 0, "ARM needs the dot-product instructions (ARMv8.2)"
+    runtime = Runtime(
+        name="ONNX Runtime",
+        minimum_version=version("onnxruntime"),
+        notes=[
+            "present.* may be the buffers of past_key_values.*: then nothing is copied from call to call.",
+            f"Products take int8 activations: {needs}."
+            if recipe.onnx.accuracy_level
+            else "Products are fp32.",
+        ],
+    )
+    io = Contract(
+        methods=[_method(program.dims, recipe.onnx)],
+        constant_methods={},
+        context=program.dims.context,
+        vocab=program.dims.vocab,
+        kv_cache=recipe.onnx.kv_cache,
+        eos_ids=eos_ids(checkpoint),
+        bos_id=checkpoint.tokenizer().bos_token_id,
+        normalize="none",
+    )
+    return Lowered(artifact, runtime, io, ("onnx", "onnxruntime"))
 
 
 def lower(program: Program, options: Options, out: Path) -> None:
@@ -25,6 +63,28 @@ def lower(program: Program, options: Options, out: Path) -> None:
     with ModelFile(out) as file:
         codes = build(program, options, file)
         file.save({METADATA: codes, "context": program.dims.context, "vocab": program.dims.vocab})
+
+
+def _method(dims: Dims, options: Options) -> Method:
+    def caches(prefix: str, length: str) -> list[TensorInfo]:
+        shape: list[int | str] = [1, dims.kv_heads, f"{length}<={dims.context}", dims.head_dim]
+        names = cache_names(dims, prefix)
+        return [TensorInfo(name=name, dtype=options.kv_cache, shape=shape) for name in names]
+
+    length, total, read = (f"{name}<={dims.context}" for name in ("length", "total", "read"))
+    return Method(
+        name="main",
+        inputs=[
+            TensorInfo(name=TOKENS, dtype="int64", shape=[1, length]),
+            TensorInfo(name=MASK, dtype="int64", shape=[1, total]),
+            *caches(PAST, "past"),
+            TensorInfo(name=READ, dtype="int64", shape=[read]),
+        ],
+        outputs=[
+            TensorInfo(name=LOGITS, dtype="fp32", shape=[1, read, dims.vocab]),
+            *caches(PRESENT, "present"),
+        ],
+    )
 
 
 class OnnxRunner:

@@ -20,7 +20,6 @@ from mobile_export.targets.onnx_io import (
     PRESENT,
     READ,
     TOKENS,
-    Options,
     add_inputs,
     add_outputs,
 )
@@ -30,6 +29,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch.fx import Node
 
+    from mobile_export.recipe import ONNX as Options
     from mobile_export.types import Program
 
 SLICE_BYTES = 16 << 20

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from mobile_export.targets.onnx_file import ModelFile
 
 if TYPE_CHECKING:
+    from mobile_export.recipe import ONNX as Options
     from mobile_export.types import Dims
 
 TOKENS, MASK, LOGITS = "input_ids", "attention_mask", "logits"
@@ -17,18 +17,6 @@ READ = "positions"
 """Which of the tokens' positions logits are wanted for. It has a default: the last one."""
 LENGTHS = ("last_position", "total_length")
 """int32 [1] and scalar: the last token's position in the cache, and positions known after this call."""
-
-
-@dataclass(frozen=True)
-class Options:
-    """Options of the ONNX target."""
-
-    kv_cache: Literal["fp32", "fp16"] = "fp32"
-    """Type of the KV cache, which the caller owns."""
-    block: Literal[16, 32, 64, 128, 256] = 128
-    """Columns that share one scale of the activations inside a product; a weight's own scale is its row's."""
-    accuracy_level: Literal[0, 4] = 4
-    """4: activations are int8 inside a product. 0: fp32, for CPUs without dot-product instructions."""
 
 
 def add_inputs(file: ModelFile, dims: Dims, options: Options) -> None:

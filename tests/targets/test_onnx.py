@@ -16,10 +16,10 @@ from onnx.external_data_helper import ExternalDataInfo
 import mobile_export
 from mobile_export.errors import ExportError
 from mobile_export.parity import kl_divergence
+from mobile_export.recipe import ONNX as Options
 from mobile_export.targets import onnx, reference
 from mobile_export.targets.onnx_file import PAGE, data_file
 from mobile_export.targets.onnx_graph import build
-from mobile_export.targets.onnx_io import Options
 from mobile_export.targets.onnx_weights import codes_of
 
 FAMILIES = ("qwen2", "qwen3", "llama")

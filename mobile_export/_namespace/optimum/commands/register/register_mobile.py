@@ -22,9 +22,9 @@ class MobileExportCommand(BaseOptimumCLICommand):
 
     @staticmethod
     def parse_args(parser: ArgumentParser) -> None:
-        """The options of `mobile-export android` and `ios`."""
+        """The options of `mobile-export PLATFORM`."""
         parser.add_argument(
-            "--platform", required=True, choices=["android", "ios"], help="Where the model will run."
+            "--platform", required=True, choices=["android", "ios", "onnx"], help="Where the model will run."
         )
         parser.add_argument(
             "--model", "-m", help="Name, hub id, folder or GGUF file. Default: the catalog's."
