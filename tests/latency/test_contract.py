@@ -1,0 +1,78 @@
+"""The contract with the apps: its schemas, and reports that do not keep to it."""
+
+import json
+
+import jsonschema
+import msgspec
+import pytest
+
+from mobile_export.errors import ExportError
+from mobile_export.latency import contract
+from mobile_export.latency.contract import DeviceReport, Request, Turn
+
+REQUEST = Request(
+    run="0123456789abcdef",
+    do="turns",
+    bundle="bundles/1",
+    manifest="0" * 64,
+    threads=2,
+    regimes=(contract.Regime(prompt=(7, 38), decode=2),),
+)
+REPORT = DeviceReport(
+    run=REQUEST.run,
+    do="turns",
+    manifest=REQUEST.manifest,
+    threads=2,
+    status="done",
+    app=contract.App(version="1", runtime="ExecuTorch", runtime_version="1.4.1"),
+    phone=contract.Phone(
+        kind="fake", model="Fake", soc="none", system="Android 16", cores=8, memory_bytes=8 << 30
+    ),
+    turns=(Turn(round=0, regime=0, prefill_ns=5, decode_ns=(1, 2), tokens=(3, 4, 5)),),
+    states=(contract.State(round=0, when="before", thermal="none"),),
+)
+
+
+def validator(name):
+    path = next(path for path in contract.schema_files() if path.name == f"{name}.schema.json")
+    return jsonschema.Draft202012Validator(json.loads(path.read_bytes()))
+
+
+def test_the_committed_schemas_are_the_structs_own():
+    for path, text in contract.schema_files().items():
+        assert path.read_bytes() == text, "run python -m mobile_export.latency.contract"
+
+
+@pytest.mark.parametrize(("name", "message"), [("device-request", REQUEST), ("device-report", REPORT)])
+def test_what_is_written_fits_its_schema(name, message):
+    parsed = json.loads(contract.encode(message))
+    validator(name).validate(parsed)
+    for change in ({"schema_version": 2}, {"threads": 0}, {"do": "sing"}, {"extra": 1}):
+        with pytest.raises(jsonschema.ValidationError):
+            validator(name).validate({**parsed, **change})
+
+
+def test_a_report_survives_json():
+    assert contract.decode(contract.encode(REPORT)) == REPORT
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"schema_version": 2}, "in version 2 of the contract, not 1; install the app that belongs"),
+        ({"format": "other"}, "does not keep to the contract: .* `\\$.format`; see docs/device-contract.md"),
+        ({"status": "fine"}, "does not keep to the contract: .* `\\$.status`"),
+        ({"turns": [{"round": 0}]}, "does not keep to the contract: .*regime.* `\\$.turns\\[0\\]`"),
+        ({"speed": 1.0}, "does not keep to the contract: .*speed"),
+    ],
+)
+def test_what_does_not_keep_to_the_contract_is_one_line(change, message):
+    data = msgspec.json.encode({**msgspec.to_builtins(REPORT), **change})
+    with pytest.raises(ExportError, match=message):
+        contract.decode(data)
+
+
+@pytest.mark.parametrize("data", [b"", b"\xff\xfe", contract.encode(REPORT)[:-9]])
+def test_half_a_report_is_none(data):
+    with pytest.raises(ExportError, match="the app's report does not keep to the contract"):
+        contract.decode(data)
