@@ -19,6 +19,7 @@ Role = Literal[
     "tokenizer-config",
     "chat-template",
     "selftest",
+    "runtime-config",
     "notice",
 ]
 Scalar = bool | int | float | str
@@ -58,6 +59,8 @@ class Runtime(_Table, frozen=True):
     backends: list[str] = []
     outside_backend: dict[str, int] = {}
     """How often each operator is called outside any backend."""
+    cpu_features: list[str] = []
+    """What the CPU must have, as `architecture:flag`, the flag as Linux's /proc/cpuinfo names it."""
     notes: list[str] = []
 
 
