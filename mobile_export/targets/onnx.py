@@ -26,6 +26,11 @@ if TYPE_CHECKING:
 CHUNK = 128
 """Tokens in one call, at most: what a call needs beside the weights grows with them, its speed hardly."""
 
+_PRODUCTS = {
+    0: "Products are fp32 and run on every ARMv8 core.",
+    4: "Products take int8 activations: an ARM core needs the dot-product instructions (ARMv8.2).",
+}
+
 
 def write(program: Program, recipe: Recipe, checkpoint: Checkpoint, draft: Draft) -> Lowered:
     """Write `model.onnx` and its data file into a bundle and say what they need and how they are called."""
@@ -34,15 +39,12 @@ def write(program: Program, recipe: Recipe, checkpoint: Checkpoint, draft: Draft
     artifact = draft.path("model.onnx", "program")
     draft.path(data_file(artifact).name, "program")
     lower(program, recipe.onnx, artifact)
-    int8, needs = recipe.onnx.accuracy_level > 0, "ARM needs the dot-product instructions (ARMv8.2)"
     runtime = Runtime(
         name="ONNX Runtime",
         minimum_version=version("onnxruntime"),
         notes=[
             "present.* may be the buffers of past_key_values.*: then nothing is copied from call to call.",
-            f"Products take int8 activations: {needs}."
-            if recipe.onnx.accuracy_level
-            else "Products are fp32.",
+            _PRODUCTS[recipe.onnx.accuracy_level],
         ],
     )
     io = Contract(
