@@ -3,6 +3,7 @@
 import json
 import mmap
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -154,6 +155,24 @@ def named_data():
                 yield data[at : at + size]
 
     return blobs
+
+
+@pytest.fixture(scope="session")
+def writes_right_code():
+    """Have a bundle's artefact write a function, and run that."""
+    from mobile_export.generate import generate
+
+    def check(bundle, **options):
+        ask = "Write a Python function reverse_string(s) that returns the string s reversed. Only the code."
+        answer = "".join(generate(bundle, ask, threads=2, **options))
+        blocks = re.findall(r"```python\n(.*?)```", answer, re.DOTALL)
+        assert blocks, answer
+        test = "\nassert reverse_string('abc') == 'cba'\nassert reverse_string('') == ''\nprint('right')\n"
+        command = [sys.executable, "-I", "-c", blocks[0] + test]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+        assert done.stdout.endswith("right\n"), (answer, done.stderr)
+
+    return check
 
 
 STOCK = """

@@ -1,9 +1,6 @@
 """The default model's bundle: its size, what it says, and that the stock runner says the same."""
 
 import hashlib
-import re
-import subprocess
-import sys
 import unicodedata
 
 import pytest
@@ -58,16 +55,8 @@ def test_every_stage_keeps_its_limits_on_the_whole_golden(given):
     assert report.stages[-1].metrics.kl_mean > 0
 
 
-def test_its_code_does_what_was_asked(real_bundle):
-    ask = "Write a Python function reverse_string(s) that returns the string s reversed. Only the code."
-    answer = "".join(generate(real_bundle, ask, max_tokens=200, threads=2))
-    blocks = re.findall(r"```python\n(.*?)```", answer, re.DOTALL)
-    assert blocks, answer
-    check = "\nassert reverse_string('abc') == 'cba'\nassert reverse_string('') == ''\nprint('right')\n"
-    done = subprocess.run(
-        [sys.executable, "-I", "-c", blocks[0] + check], capture_output=True, text=True, timeout=20
-    )
-    assert done.stdout.endswith("right\n"), (answer, done.stderr)
+def test_its_code_does_what_was_asked(real_bundle, writes_right_code):
+    writes_right_code(real_bundle, max_tokens=200)
 
 
 @pytest.mark.parametrize(

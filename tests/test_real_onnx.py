@@ -1,0 +1,55 @@
+"""The default model's ONNX bundle: its size, its codes, and what ONNX Runtime says with it."""
+
+import hashlib
+
+import numpy as np
+import onnx
+import pytest
+
+from mobile_export.lint import lint
+from mobile_export.mlpackage import open_package
+from mobile_export.stages import STAGES, inputs, parity
+from mobile_export.targets.onnx_file import data_file
+from mobile_export.targets.onnx_weights import codes_of
+
+pytestmark = pytest.mark.real
+
+
+@pytest.fixture(scope="module")
+def bundle(real_bundles):
+    return real_bundles("onnx")
+
+
+def test_it_is_small_and_valid(bundle):
+    model = bundle.path("program")
+    assert model.stat().st_size + data_file(model).stat().st_size <= 515e6
+    onnx.checker.check_model(model)
+    ops = [node.op_type for node in onnx.load(model, load_external_data=False).graph.node]
+    assert ops.count("GroupQueryAttention") == 24
+    assert not lint(bundle).fails()
+
+
+def test_all_three_artefacts_hold_the_same_codes(bundle, real_bundles, named_data):
+    codes = {name: sha256(one) for name, one in codes_of(bundle.path("program")).items()}
+    assert len(codes) == 24 * 7 + 1
+    pte = {hashlib.sha256(blob).hexdigest() for blob in named_data(real_bundles("android").path("program"))}
+    package = open_package(real_bundles("ios").path("program"))
+    core = {sha256(one.data) for one in package.codes().values()}
+    assert set(codes.values()) == core <= pte
+
+
+def sha256(codes):
+    return hashlib.sha256(np.ascontiguousarray(codes)).hexdigest()
+
+
+def test_it_keeps_its_limits_on_the_whole_golden(bundle):
+    report = parity(inputs(bundle), STAGES[-1:])
+    (line,) = report.stages
+    print(line.metrics)
+    assert report.passed, report
+    assert line.metrics.positions >= 2000
+    assert 0 < line.metrics.kl_mean <= 0.003
+
+
+def test_its_code_does_what_was_asked(bundle, writes_right_code):
+    writes_right_code(bundle, max_tokens=200)
