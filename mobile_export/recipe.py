@@ -18,7 +18,8 @@ class _Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 class Quantize(_Table, frozen=True):
     """How weights become codes. int8 symmetric per output channel is what all runtimes share."""
 
-    weights: Literal["int8"] = "int8"
+    weights: Literal["int8", "fp32"] = "int8"
+    """fp32: none; for a target that speculative decoding or a comparison needs whole."""
     rounding: Literal["nearest", "compensated"] = "compensated"
     """How codes are chosen: each nearest to its weight, or for the least error of the layer's output."""
 

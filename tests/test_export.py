@@ -126,6 +126,15 @@ def test_a_wrong_request_is_refused_before_any_work(spec, tmp_path, monkeypatch,
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("platform", ["android", "ios"])
+def test_a_target_of_int8_refuses_fp32_weights(spec, tmp_path, platform):
+    with pytest.raises(
+        ExportError, match="bundles take int8 weights, and recipe 'fp32' keeps fp32; export it"
+    ):
+        export(platform, model=spec(), recipe="fp32", context=64, out=tmp_path / "out", measure=False)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_unknown_platform_is_refused(spec):
     with pytest.raises(ExportError, match="unknown platform 'androyd'; did you mean 'android'"):
         export("androyd", model=spec())

@@ -5,6 +5,7 @@ The codes are computed here and nowhere else: every target carries them bit for 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from mobile_export.errors import ExportError
@@ -31,11 +32,14 @@ class Quantize:
         """Replace every `aten.linear` and `aten.embedding` by its int8 form.
 
         `quantize.rounding = "compensated"` needs the program's source, for its tokenizer.
+        With `quantize.weights = "fp32"` nothing changes.
         """
         import torch
 
         from mobile_export.rewrite import editable, reexport, swap
 
+        if recipe.quantize.weights == "fp32":
+            return replace(program, passes=(*program.passes, self.name))
         module = editable(program.exported)
         factors = _factors(module, program) if recipe.quantize.rounding == "compensated" else {}
         codes = _CodeBook(module, factors)
@@ -53,6 +57,8 @@ class Quantize:
         """No float matrix is left, codes stay in [-127, 127], scales are finite and positive."""
         import torch
 
+        if recipe.quantize.weights == "fp32":
+            return
         counts = op_counts(program.exported)
         if counts.get("aten.linear", 0) or counts.get("aten.embedding", 0):
             raise ExportError("quantize left a float linear or embedding", "report the model's name to us")

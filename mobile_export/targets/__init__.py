@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from mobile_export.manifest import Contract, Runtime
+    from mobile_export.recipe import Recipe
 
 PLATFORMS = {"android": "executorch", "ios": "coreml", "onnx": "onnx"}
 """The target of each platform."""
@@ -49,6 +50,16 @@ def runners(name: str, artifact: Path, runtime: str | None = None) -> Iterator[t
         yield "artifact", module.open(artifact)
     if runtime:
         yield "artifact device", target(f"{runtime}_device").open(artifact)
+
+
+def need_int8(recipe: Recipe, runtime: str) -> None:
+    """ExportError for a recipe that leaves weights in fp32, from a target that takes codes only."""
+    kept = recipe.quantize.weights
+    if kept != "int8":
+        raise ExportError(
+            f"{runtime} bundles take int8 weights, and recipe '{recipe.name}' keeps {kept}",
+            "export it with `mobile-export onnx`, or use another recipe",
+        )
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from mobile_export import quiet
 from mobile_export.manifest import Contract, Method, Runtime, TensorInfo
 from mobile_export.mlpackage import open_package
-from mobile_export.targets import Lowered
+from mobile_export.targets import Lowered, need_int8
 from mobile_export.targets.coreml_graph import LOGITS, STATES, Functions
 from mobile_export.types import Checkpoint, Dims, Program
 
@@ -46,6 +46,7 @@ def write(program: Program, recipe: Recipe, checkpoint: Checkpoint, draft: Draft
     """Write `model.mlpackage` into a bundle and say what it needs and how it is called."""
     from mobile_export.checkpoint.load import eos_ids
 
+    need_int8(recipe, "Core ML")
     for name in ("Manifest.json", f"{_DATA}/model.mlmodel", f"{_DATA}/weights/weight.bin"):
         draft.path(f"{PACKAGE}/{name}", "program")
     artifact = draft.folder / PACKAGE

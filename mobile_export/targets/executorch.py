@@ -12,7 +12,7 @@ from mobile_export import quiet
 from mobile_export.files import write_file
 from mobile_export.manifest import Contract, Method, Runtime, TensorInfo
 from mobile_export.pte_share import share_constants
-from mobile_export.targets import Lowered
+from mobile_export.targets import Lowered, need_int8
 from mobile_export.targets.executorch_every import CHUNK, every_position
 from mobile_export.targets.executorch_graph import executorch_module
 from mobile_export.types import Checkpoint, Dims, Program
@@ -32,6 +32,7 @@ def write(program: Program, recipe: Recipe, checkpoint: Checkpoint, draft: Draft
     from mobile_export import pte
     from mobile_export.checkpoint.load import eos_ids
 
+    need_int8(recipe, "ExecuTorch")
     artifact = draft.path("model.pte", "program")
     ends, begin = eos_ids(checkpoint), checkpoint.tokenizer().bos_token_id
     extra = {"get_eos_ids": ends} | ({} if begin is None else {"get_bos_id": begin})

@@ -73,6 +73,8 @@ class _Lowering:
         self.cut: set[Node] = set()
         """Nodes whose value has the read positions only."""
         self.codes: dict[str, Piece] = {}
+        self.shared: dict[int, str] = {}
+        """Names of fp32 weights by their addresses."""
 
     def run(self) -> dict[str, Piece]:
         """Add everything; the pieces of every codes tensor."""
@@ -102,6 +104,8 @@ class _Lowering:
             return self.values.get(x)
 
         return {
+            aten.embedding.default: self._embedding_fp32,
+            aten.linear.default: self._linear_fp32,
             mobile.embedding_int8.default: self._embedding,
             mobile.linear_int8.default: self._linear,
             mobile.rms_norm.default: self._rms_norm,
@@ -130,6 +134,25 @@ class _Lowering:
             quantize_axis=2,
         )
         return self._reshape(rows, [0, 0, packed.columns], node.name)
+
+    def _embedding_fp32(self, node: Node, weight: Node, ids: Node, *_: Any) -> str:
+        table = self._shared_weight(weight)
+        return self.file.call("Gather", [table, self._value(ids)], node.name)
+
+    def _linear_fp32(self, node: Node, x: Node, weight: Node, bias: Node | None = None) -> str:
+        """A Gemm, which reads a weight [rows, columns] as it is, so that a tied one stands once."""
+        table, name = self._shared_weight(weight), LOGITS if node is self.head else node.name
+        rows, columns = self._array(weight).shape
+        flat = self._reshape(self._value(x), [-1, columns], name + "_flat")
+        added = [self._weight(str(bias.target), self._array(bias))] if bias else []
+        product = self.file.call("Gemm", [flat, table, *added], name + "_rows", transB=1)
+        return self._reshape(product, [1, -1, rows], name)
+
+    def _shared_weight(self, node: Node) -> str:
+        """One initializer for all names of one tensor."""
+        tensor = tensor_of(self.module, node)
+        name = self.shared.setdefault(tensor.data_ptr(), str(node.target))
+        return self._weight(name, tensor.detach().numpy())
 
     def _linear(self, node: Node, x: Node, codes: Node, scales: Node, bias: Node | None) -> str | _Part:
         """All products that read one value are one, so that threads meet once."""

@@ -274,3 +274,16 @@ def read(path, name):
 
 def sha(array):
     return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
+
+
+def test_unquantized_weights_are_exact_and_stand_once(programs_of, spec, tmp_path):
+    checkpoint, traced, _ = programs_of(spec())
+    path = tmp_path / "model.onnx"
+    onnx.lower(traced, EXACT, path)
+    said = onnx.open(path)
+    rows = reference.open(traced).logits(TOKENS, 0)
+    assert np.abs(said.logits(TOKENS, 0) - rows).max() < 1e-4
+    assert np.abs(said.last_logits(TOKENS, 0) - rows[-1]).max() < 1e-4
+    parameters = sum(tensor.numel() for tensor in checkpoint.model().parameters())
+    tables = 2 * 64 * 16
+    assert data_file(path).stat().st_size < 4 * (parameters + tables) + 40 * PAGE
