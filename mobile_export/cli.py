@@ -136,24 +136,47 @@ def parity(
 
 @cli.command()
 @click.argument("bundles", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--device", default="host", show_default=True, help="See `devices`.")
+@click.option(
+    "--device-python", default="", help="A Python there that has the runtime. Default: one is made."
+)
 @click.option("--vs", type=click.Choice(["llama.cpp"]), help="Measure a peer too, with the same weights.")
 @click.option("--peer-python", type=click.Path(path_type=Path), help="Default: what ci/bench-peer.sh made.")
 @click.option("--model", help="The source, where the bundles were made of a folder or file.")
 @click.option("--rounds", type=click.IntRange(1), default=5, show_default=True)
 @click.option("--threads", metavar="N,N", default="1,2", show_default=True, help="Thread counts.")
+@click.option(
+    "--long",
+    "long_seconds",
+    type=click.FloatRange(0),
+    default=60.0,
+    show_default=True,
+    help="Seconds of the long run that shows throttling; 0: none.",
+)
 @click.option("--quick", is_flag=True, help="Compare what they say on the short prompts only.")
-@click.option("--busy", is_flag=True, help="Measure although other work runs on this machine.")
+@click.option("--busy", is_flag=True, help="Measure although other work runs on that machine.")
 @click.option("--json", "out", type=click.Path(path_type=Path), help="Write all samples to this file.")
-def bench(bundles: tuple[Path, ...], out: Path | None, threads: str, **options: Any) -> None:
-    """Measure bundles on this machine, in turns: prefill, decode, load, memory."""
-    from mobile_export.latency import protocol, tables
-    from mobile_export.latency.bench import bench as run
-    from mobile_export.latency.bench import parse_threads
+@click.option("--llama-bench", type=click.Path(path_type=Path), help="Write it in llama-bench's JSON too.")
+@click.option(
+    "--pytorch", type=click.Path(path_type=Path), help="Write PyTorch's benchmark records (v3) too."
+)
+@click.option("--baseline", type=click.Path(path_type=Path), help="A --json of before: exit 1 if slower.")
+def bench(bundles: tuple[Path, ...], **options: Any) -> None:
+    """Measure bundles on a device, in turns: load, first token, prefill, decode, memory."""
+    from mobile_export.latency.command import bench as run
 
-    report = run(bundles, threads=parse_threads(threads), **options)
-    tables.render(report)
-    if out:
-        protocol.save(report, out)
+    sys.exit(0 if run(bundles, **options) else 1)
+
+
+@cli.command()
+@JSON
+def devices(as_json: bool) -> None:
+    """List the devices that `--device` can name now."""
+    from mobile_export.latency.command import devices as show
+    from mobile_export.latency.devices import discover
+
+    found = discover()
+    _print_json(found) if as_json else show(found)
 
 
 @cli.command()

@@ -227,4 +227,4 @@ def _speed(folder: Path) -> list[Speed]:
     from mobile_export.latency.host import measure
 
     with console.step("speed on this host"):
-        return [measure(folder, threads) for threads in (1, 2)]
+        return measure(folder)

@@ -1,68 +1,36 @@
-"""The bench: artefacts in their runtimes on this machine, in one run, turn by turn.
-
-Every contender has a process of its own for each thread count, kept through all rounds: fresh
-ones would spend most of the time importing, and start cold. While one works the others wait in a
-read; each turn records what processor time a process took while it waited, so that a runtime
-whose idle threads spin shows in the report.
-"""
+"""The bench: bundles, and a peer with the same weights, on a device, in one run."""
 
 from __future__ import annotations
 
-import os
-import sys
-import time
 from collections.abc import Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import msgspec
 
 from mobile_export import bundle as bundles
 from mobile_export import console
 from mobile_export.errors import ExportError
-from mobile_export.latency import machine, peer
-from mobile_export.latency.protocol import (
-    Contender,
-    Load,
-    Memory,
-    Protocol,
-    Quality,
-    Regime,
-    Report,
-    Round,
-    Turn,
-)
+from mobile_export.latency import devices, peer
+from mobile_export.latency.devices import Entry, Options
+from mobile_export.latency.devices.host import artefact_files, launch
+from mobile_export.latency.protocol import Contender, Protocol, Quality
+from mobile_export.latency.reports import Report
 from mobile_export.latency.workers import Launch, RemoteRunner, Worker
 from mobile_export.short_golden import short_golden
-from mobile_export.targets import SOLO_BLAS
+from mobile_export.targets import target
 
 if TYPE_CHECKING:
     from mobile_export.bundle import Bundle
     from mobile_export.golden import Golden
     from mobile_export.types import Checkpoint
 
-REGIMES = (Regime(prompt=128, decode=128), Regime(prompt=512))
-LOADS = 3
-SETTLE_SECONDS = 0.2
-_LOOK_SECONDS = 0.5
-_BUSY = 0.5
-"""Cores of other work that a bench does not start beside."""
-_BESIDE = {"tokenizer", "tokenizer-runner", "tokenizer-config", "chat-template", "selftest", "notice"}
-"""Files that the runtime of the artefact does not read."""
 _SAME_MODEL = 0.1
 """KL in nats above which a contender does not carry the model at all."""
-
-Entry = tuple[Contender, Launch]
-
-
-@dataclass
-class _Log:
-    rounds: list[Round] = field(default_factory=list)
-    loads: list[Load] = field(default_factory=list)
-    memory: list[Memory] = field(default_factory=list)
-    turns: list[Turn] = field(default_factory=list)
+PLAN, OPTIONS = Protocol(), Options()
+EVALUATED = "evaluated, not run by the runtime of a device"
 
 
 def parse_threads(text: str) -> tuple[int, ...]:
@@ -76,64 +44,53 @@ def parse_threads(text: str) -> tuple[int, ...]:
 def bench(
     folders: Sequence[Path],
     *,
+    device: str = "host",
+    plan: Protocol = PLAN,
     vs: str | None = None,
     peer_python: Path | None = None,
     model: str | None = None,
-    rounds: int = 5,
-    threads: Sequence[int] = (1, 2),
-    regimes: Sequence[Regime] = REGIMES,
     quick: bool = False,
-    busy: bool = False,
+    options: Options = OPTIONS,
 ) -> Report:
-    """Measure bundles, and with `vs="llama.cpp"` that peer with the same weights.
+    """Measure bundles on a device, and with `vs="llama.cpp"` on the host that peer with the same weights.
 
     With a peer, each contender is first compared with the source over the golden, or with `quick`
     over its short prompts. `model` names the source where a bundle was made of a folder or file.
-    Raises ExportError when bundles hold different models, a worker fails, a contender does not say
-    what the model says, or, unless `busy`, other work keeps the machine from measuring anything.
+    Raises ExportError when bundles hold different models, the device is not to be had or is lost,
+    a contender does not say what the model says, or other work keeps the device from measuring.
     """
+    spec = devices.parse(device)
+    if vs and spec.kind != "host":
+        raise ExportError(f"{vs} runs on the host alone", "leave out --vs, or --device")
     opened = [bundles.load(folder) for folder in folders]
-    context = _context(opened, regimes)
+    context = _context(opened, plan)
     started = datetime.now(UTC).isoformat(timespec="seconds")
-    entries = _bundles(folders, opened)
-    if not busy:
-        _refuse_busy()
+    entries = _bundles(spec.kind, folders, opened)
     quality: list[Quality] = []
-    if vs:
-        found, interpreter = _source(opened[0], model), peer.python(peer_python)
-        with console.step("peer: Q8_0 GGUF"):
-            entries += peer.contenders(found, context, interpreter)
-        golden = short_golden(found, context) if quick else _golden(found, context)
-        quality = _qualities(wide(entries), golden, max(threads))
-    log = _Log()
-    for count in threads:
-        _measure(entries, count, rounds, regimes, log)
+    with devices.open_device(spec, options) as there:
+        if vs:
+            found, interpreter = _source(opened[0], model), peer.python(peer_python)
+            with console.step("peer: Q8_0 GGUF"):
+                entries += peer.contenders(found, context, interpreter)
+            golden = short_golden(found, context) if quick else _golden(found, context)
+            quality = _qualities(entries, golden, max(plan.threads))
+        samples = there.measure(entries, plan)
     return Report(
+        **msgspec.structs.asdict(samples),
         started=started,
-        machine=machine.describe(),
-        protocol=Protocol(
-            rounds=rounds,
-            threads=tuple(threads),
-            regimes=tuple(regimes),
-            loads=LOADS,
-            settle_seconds=SETTLE_SECONDS,
-        ),
-        contenders=tuple(contender for contender, _ in entries),
-        rounds=tuple(log.rounds),
-        loads=tuple(log.loads),
-        memory=tuple(log.memory),
-        turns=tuple(log.turns),
-        bandwidth=tuple(machine.bandwidth(count) for count in threads),
+        device=there.info,
+        protocol=plan,
+        contenders=tuple(entry.contender for entry in entries),
         quality=tuple(quality),
     )
 
 
-def _context(opened: Sequence[Bundle], regimes: Sequence[Regime]) -> int:
+def _context(opened: Sequence[Bundle], plan: Protocol) -> int:
     """The smallest context, when all turns fit it and all bundles hold one model."""
     if len({one.manifest.model.digest for one in opened}) > 1:
         raise ExportError("these bundles hold different models", "bench bundles of one model at a time")
     context = min(one.manifest.io.context for one in opened)
-    needed = max(regime.prompt + regime.decode for regime in regimes)
+    needed = max(regime.prompt + regime.decode for regime in (*plan.regimes, plan.long_regime))
     if context < needed:
         raise ExportError(
             f"a context of {context} is too short for the bench", f"export with --context {needed}"
@@ -141,33 +98,26 @@ def _context(opened: Sequence[Bundle], regimes: Sequence[Regime]) -> int:
     return context
 
 
-def _refuse_busy() -> None:
-    others = machine.busy_cores(_LOOK_SECONDS)
-    if others > _BUSY:
-        raise ExportError(
-            f"other work keeps {others:.1f} cores of this machine busy",
-            "wait until it is done, or measure all the same with --busy",
-        )
-
-
-def _bundles(folders: Sequence[Path], opened: Sequence[Bundle]) -> list[Entry]:
+def _bundles(kind: str, folders: Sequence[Path], opened: Sequence[Bundle]) -> list[Entry]:
     """Named by their targets; by folder, or a number, where that is not one name each."""
     targets = [one.manifest.target for one in opened]
     names = targets if len(set(targets)) == len(targets) else [str(folder) for folder in folders]
     entries = []
     for index, (folder, one) in enumerate(zip(folders, opened, strict=True)):
         name = names[index] if names.count(names[index]) == 1 else f"{names[index]} #{index + 1}"
-        versions = {tool: metadata.version(tool) for tool in one.manifest.tools}
+        files = [one.manifest.files[file].bytes for file in artefact_files(folder)]
         contender = Contender(
             name=name,
             runtime=one.manifest.runtime.name,
             peer=False,
-            file_bytes=sum(file.bytes for file in one.manifest.files.values() if file.role not in _BESIDE),
+            file_bytes=sum(files),
             model=one.manifest.model.digest,
-            options={**versions, "recipe": one.manifest.recipe.name, "kv cache": one.manifest.io.kv_cache},
+            options={"recipe": one.manifest.recipe.name, "kv cache": one.manifest.io.kv_cache},
+            not_speed=EVALUATED
+            if hasattr(target(one.manifest.target), "ARITHMETICS") and kind != "ios"
+            else "",
         )
-        command = (sys.executable, "-m", "mobile_export.latency.worker")
-        entries.append((contender, Launch(name, command, {"kind": "bundle", "path": str(folder)}, SOLO_BLAS)))
+        entries.append(Entry(contender, folder))
     return entries
 
 
@@ -182,20 +132,19 @@ def _source(bundle: Bundle, model: str | None) -> Checkpoint:
     return checkpoint
 
 
-def wide(entries: Sequence[Entry]) -> list[Entry]:
-    """The same with room for every position's logits, which turns have no use for."""
-    return [
-        (contender, replace(launch, spec={**launch.spec, "all_logits": True}))
-        for contender, launch in entries
-    ]
+def wide(entry: Entry) -> Launch:
+    """Here, with room for every position's logits, which turns have no use for."""
+    made = entry.launch or launch(entry)
+    return replace(made, spec={**made.spec, "all_logits": True})
 
 
 def _qualities(entries: Sequence[Entry], golden: Golden, threads: int) -> list[Quality]:
     qualities = []
-    for contender, launch in entries:
-        with console.step(f"quality: {contender.name}") as cost, Worker(launch) as worker:
+    for entry in entries:
+        name = entry.contender.name
+        with console.step(f"quality: {name}") as cost, Worker(wide(entry)) as worker:
             runner = RemoteRunner(worker, worker.open(threads))
-            qualities.append(_quality(contender.name, runner, golden))
+            qualities.append(_quality(name, runner, golden))
             cost.note = f"KL {qualities[-1].kl_mean}"
     return qualities
 
@@ -230,76 +179,3 @@ def _quality(name: str, runner: RemoteRunner, golden: Golden) -> Quality:
         greedy_mean=metrics.greedy_mean,
         greedy_tokens=max(len(case.greedy) for case in golden.cases),
     )
-
-
-def _measure(
-    entries: Sequence[Entry], threads: int, rounds: int, regimes: Sequence[Regime], log: _Log
-) -> None:
-    with console.step(f"loads, threads: {threads}"):
-        log.loads += [_load(entry, threads) for _ in range(LOADS) for entry in entries]
-    with ExitStack() as stack:
-        workers, vocab = {}, 0
-        for contender, launch in entries:
-            worker = workers[contender.name] = stack.enter_context(Worker(launch))
-            vocab = int(worker.open(threads)["vocab"])
-        for worker in workers.values():
-            for regime in regimes:
-                worker.ask("turn", prompt=prompt(regime.prompt, vocab), decode=min(regime.decode, 4))
-        for number in range(rounds):
-            with console.step(f"round {number + 1} of {rounds}, threads: {threads}"):
-                log.rounds.append(_round(threads, number))
-                for regime in regimes:
-                    for name, worker in workers.items():
-                        log.turns.append(_turn(worker, name, threads, number, regime, vocab))
-        _refuse_changes(log.turns)
-        for name, worker in workers.items():
-            peak = worker.ask("memory")["peak_bytes"]
-            log.memory.append(Memory(contender=name, threads=threads, peak_bytes=peak))
-
-
-def _load(entry: Entry, threads: int) -> Load:
-    contender, launch = entry
-    with Worker(launch) as worker:
-        answer = worker.open(threads, again=True)
-    return Load(contender=contender.name, threads=threads, ns=answer["ns"], floor_bytes=answer["floor_bytes"])
-
-
-def prompt(length: int, vocab: int) -> list[int]:
-    """The fixed token ids of a prompt; all of them exist, none of them means anything."""
-    return [7 + 31 * index % min(vocab - 7, 997) for index in range(length)]
-
-
-def _round(threads: int, number: int) -> Round:
-    load = round(os.getloadavg()[0], 2)
-    return Round(threads=threads, round=number, load_average=load, busy=machine.busy_cores(_LOOK_SECONDS))
-
-
-def _turn(worker: Worker, name: str, threads: int, number: int, regime: Regime, vocab: int) -> Turn:
-    time.sleep(SETTLE_SECONDS)
-    busy = machine.Busy()
-    answer = worker.ask("turn", prompt=prompt(regime.prompt, vocab), decode=regime.decode)
-    return Turn(
-        contender=name,
-        threads=threads,
-        round=number,
-        prompt=regime.prompt,
-        prefill_ns=answer["prefill_ns"],
-        decode_ns=tuple(answer["decode_ns"]),
-        tokens=tuple(answer["tokens"]),
-        cpu_ns=answer["cpu_ns"],
-        idle_ns=answer["idle_ns"],
-        idle_cpu_ns=answer["idle_cpu_ns"],
-        others=busy.cores(answer["cpu_ns"] / 1e9),
-    )
-
-
-def _refuse_changes(turns: Sequence[Turn]) -> None:
-    """A round that says something else than the first one did is not a measurement of the same work."""
-    first: dict[tuple[str, int, int], tuple[int, ...]] = {}
-    for turn in turns:
-        said = first.setdefault((turn.contender, turn.threads, turn.prompt), turn.tokens)
-        if said != turn.tokens:
-            raise ExportError(
-                f"'{turn.contender}' said something else in round {turn.round + 1} than in the first",
-                "its runtime is not deterministic: check it with `mobile-export parity`",
-            )

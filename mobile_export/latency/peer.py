@@ -10,16 +10,28 @@ import json
 import subprocess
 from pathlib import Path
 
+import mobile_export
 from mobile_export.checkpoint import cache
 from mobile_export.errors import ExportError
 from mobile_export.latency import peer_gguf
-from mobile_export.latency import worker as worker_script
+from mobile_export.latency.devices import Entry
 from mobile_export.latency.protocol import Contender
 from mobile_export.latency.workers import Launch
 from mobile_export.types import Checkpoint
 
 NAME = "llama.cpp"
 _INSTALL = "run ci/bench-peer.sh, or name its Python with --peer-python"
+_WORKER = """
+import importlib.util, sys
+where = sys.argv[1]
+first, all = where + "/__init__.py", [where]
+found = importlib.util.spec_from_file_location("mobile_export", first, submodule_search_locations=all)
+sys.modules["mobile_export"] = module = importlib.util.module_from_spec(found)
+found.loader.exec_module(module)
+from mobile_export.latency.worker import main
+main()
+"""
+"""Of our environment the peer's Python sees this package alone."""
 _PROBE = (
     "import importlib.metadata as m, llama_cpp as l;"
     "print(m.version('llama_cpp_python')); print(l.llama_print_system_info().decode().strip(' |'))"
@@ -34,7 +46,7 @@ def python(given: Path | None = None) -> Path:
     return path
 
 
-def contenders(checkpoint: Checkpoint, context: int, interpreter: Path) -> list[tuple[Contender, Launch]]:
+def contenders(checkpoint: Checkpoint, context: int, interpreter: Path) -> list[Entry]:
     """Flash attention off and on.
 
     ExportError: `interpreter` has no llama-cpp-python.
@@ -43,7 +55,7 @@ def contenders(checkpoint: Checkpoint, context: int, interpreter: Path) -> list[
     file = peer_gguf.q8_0(checkpoint)
     made = []
     for flash in (False, True):
-        spec = {"kind": NAME, "path": str(file), "context": context, "flash_attention": flash}
+        spec = {"kind": NAME, "path": str(file), "files": [""], "context": context, "flash_attention": flash}
         name = f"{NAME} fa" if flash else NAME
         contender = Contender(
             name=name,
@@ -58,9 +70,8 @@ def contenders(checkpoint: Checkpoint, context: int, interpreter: Path) -> list[
                 "flash attention": "on" if flash else "off",
             },
         )
-        # -P: this package's folder must not stand in for the peer's own modules.
-        command = (str(interpreter), "-P", str(worker_script.__file__))
-        made.append((contender, Launch(name, command, spec)))
+        command = (str(interpreter), "-P", "-c", _WORKER, str(Path(mobile_export.__file__).parent))
+        made.append(Entry(contender, launch=Launch(name, command, spec)))
     return made
 
 

@@ -1,60 +1,72 @@
-"""What a bench measured: raw nanoseconds, where and on what. JSON in, JSON out, versioned."""
+"""How a bench measures, and what a device answers: raw nanoseconds, where and on what."""
 
 from __future__ import annotations
 
 import statistics
-from pathlib import Path
 from typing import Literal
 
 import msgspec
 
-from mobile_export.errors import ExportError
-from mobile_export.files import write_file
 
-FORMAT, SCHEMA_VERSION = "mobile-export-bench", 1
-Speed = Literal["prefill", "decode"]
+class Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What all parts of a report have in common."""
 
 
-class _Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    pass
-
-
-class Regime(_Table, frozen=True):
+class Regime(Table, frozen=True):
     """What one turn does: `prompt` tokens in one call from an empty cache, then `decode` calls of one token.
 
-    Token ids are fixed, the next token is the most likely one, and no token ends the turn.
+    Token ids are fixed (`token_ids`), the next token is the most likely one, and no token ends the
+    turn. Without a prompt the first decoded token is the fixed one. Decoding is at depth `prompt`.
     """
 
     prompt: int
     decode: int = 0
 
 
-class Protocol(_Table, frozen=True):
-    """How the turns were run. Each round runs each regime once with each contender, one after another."""
+REGIMES = (
+    Regime(prompt=32),
+    Regime(prompt=128),
+    Regime(prompt=512),
+    Regime(prompt=0, decode=128),
+    Regime(prompt=1024, decode=128),
+)
+TEXT = """The lighthouse keeper wrote every evening which ships had passed, how the wind stood, and
+whether the lamp had burned without a pause. On the last page of the year he added a table: months in
+rows, ships in columns, and below it the sum. Write a function in Python that reads such a table from
+a file, one line a month, adds up each column, and returns the name of the ship that passed most often.
+It must not fail when a line is empty or a number is missing; say in one sentence how it is tested."""
 
-    rounds: int
-    threads: tuple[int, ...]
-    regimes: tuple[Regime, ...]
-    loads: int
-    """Fresh processes that load times are medians of."""
-    settle_seconds: float
+
+class Protocol(Table, frozen=True):
+    """How it is measured. Each round runs each regime once with each contender, one after another."""
+
+    rounds: int = 5
+    """Kept; one shortened round before them is not."""
+    threads: tuple[int, ...] = (1, 2)
+    regimes: tuple[Regime, ...] = REGIMES
+    text: str = TEXT
+    """What the time to the first token is taken of; as many of its tokens as the context holds."""
+    loads: int = 3
+    """Fresh processes, each of which loads once cold and once warm."""
+    settle_seconds: float = 0.2
     """Between two turns, so that one runtime's threads sleep before the other's work."""
-    device: str = "host"
+    long_seconds: float = 60.0
+    """The long run's least length, with the most threads; 0: no long run."""
+    long_regime: Regime = Regime(prompt=0, decode=128)
 
 
-class Machine(_Table, frozen=True):
+class Machine(Table, frozen=True):
     """The machine that ran it."""
 
     cpu: str
     cores: int
     memory_bytes: int
     system: str
-    governor: str
-    """`unknown` where the system does not tell, as in most virtual machines."""
     versions: dict[str, str]
+    """Of Python, the runtimes and what they stand on, on that machine."""
 
 
-class Contender(_Table, frozen=True):
+class Contender(Table, frozen=True):
     """One artefact in one runtime with one set of options."""
 
     name: str
@@ -66,38 +78,36 @@ class Contender(_Table, frozen=True):
     """Digest of the checkpoint: contenders of one bench carry one model."""
     options: dict[str, str]
     """Versions, flags and settings, as the reader needs them to run it again."""
+    not_speed: str = ""
+    """Why its times are no speed, e.g. `evaluated, not run`; it is then checked and never timed."""
 
 
-class Load(_Table, frozen=True):
-    """A fresh process opens an artefact and makes its first answer: imports done, file in the page cache."""
+class Load(Table, frozen=True):
+    """A fresh process, its imports done, opens an artefact and makes its first answer."""
 
     contender: str
     threads: int
+    kind: Literal["cold", "warm"]
+    """Cold: the system was told to drop the artefact's files from its page cache (`POSIX_FADV_DONTNEED`)."""
     ns: int
-    floor_bytes: int
-    """Resident before that: interpreter, libraries, what a first opening left behind."""
+    cached: float | None
+    """Share of the artefact in the page cache just before; None where the system does not tell."""
 
 
-class Memory(_Table, frozen=True):
-    """Largest resident memory of the process that ran all turns, mapped file pages included."""
+class Memory(Table, frozen=True):
+    """Largest resident memory of a process that only ran each regime once, mapped file pages included.
+
+    Proportional set size on Android, physical footprint on iOS.
+    """
 
     contender: str
     threads: int
+    floor_bytes: int
+    """Resident before the artefact was opened: interpreter, libraries."""
     peak_bytes: int
 
 
-class Round(_Table, frozen=True):
-    """What the machine was doing just before a round, when nothing of ours ran."""
-
-    threads: int
-    round: int
-    load_average: float
-    """Over one minute; our own rounds are in it."""
-    busy: float
-    """Cores that others kept busy."""
-
-
-class Turn(_Table, frozen=True):
+class Turn(Table, frozen=True):
     """One regime, run once."""
 
     contender: str
@@ -108,17 +118,18 @@ class Turn(_Table, frozen=True):
     decode_ns: tuple[int, ...]
     """Each token's own time; the most likely token is picked in it."""
     tokens: tuple[int, ...]
-    """What the model said."""
-    cpu_ns: int
-    """Processor time of the runtime's process in this turn, all its threads."""
-    idle_ns: int
-    idle_cpu_ns: int
+    """What the model said, the token after the last decoded one too."""
+    cpu_ns: int | None = None
+    """Processor time of the runtime's process in this turn, all its threads. This and what follows is
+    None where the system does not tell."""
+    idle_ns: int | None = None
+    idle_cpu_ns: int | None = None
     """Processor time that process took in the `idle_ns` before this turn, when others had theirs."""
-    others: float
+    others: float | None = None
     """Cores kept busy by anything else during the turn."""
 
 
-class Bandwidth(_Table, frozen=True):
+class Bandwidth(Table, frozen=True):
     """Reading memory far larger than the caches, in order."""
 
     threads: int
@@ -131,7 +142,7 @@ class Bandwidth(_Table, frozen=True):
         return self.bytes / statistics.median(self.ns) * 1e9
 
 
-class Quality(_Table, frozen=True):
+class Quality(Table, frozen=True):
     """A contender against the fp32 source on the golden's prompts."""
 
     contender: str
@@ -144,7 +155,7 @@ class Quality(_Table, frozen=True):
     """Tokens in each continuation."""
 
 
-class DeviceInfo(_Table, frozen=True):
+class DeviceInfo(Table, frozen=True):
     """What it was measured on, as the user named it."""
 
     name: str
@@ -155,7 +166,7 @@ class DeviceInfo(_Table, frozen=True):
     """Why nothing measured there is a speed, e.g. `emulated by qemu`; empty on real hardware."""
 
 
-class Battery(_Table, frozen=True):
+class Battery(Table, frozen=True):
     """A device's battery."""
 
     percent: float
@@ -163,7 +174,7 @@ class Battery(_Table, frozen=True):
     celsius: float | None = None
 
 
-class State(_Table, frozen=True):
+class State(Table, frozen=True):
     """The device just before or after a round (or the long run: round -1), when nothing of ours ran.
 
     What a system does not tell is empty, None or `unknown`.
@@ -178,7 +189,7 @@ class State(_Table, frozen=True):
     celsius: dict[str, float] = {}
     """By sensor."""
     thermal: str = "unknown"
-    """The system's own word: Android's or iOS's thermal status; `throttled` or `none` on Linux."""
+    """The system's own word: Android's or iOS's status; on Linux what holds clocks down, or `none`."""
     battery: Battery | None = None
     load_average: float | None = None
     """Over one minute; our own rounds are in it."""
@@ -186,7 +197,7 @@ class State(_Table, frozen=True):
     """Cores that others kept busy."""
 
 
-class FirstToken(_Table, frozen=True):
+class FirstToken(Table, frozen=True):
     """From a text to the first token of its answer, from an empty cache."""
 
     contender: str
@@ -199,7 +210,7 @@ class FirstToken(_Table, frozen=True):
     """From token ids to the first answered token, picked."""
 
 
-class LongRun(_Table, frozen=True):
+class LongRun(Table, frozen=True):
     """One regime over and over without a pause: a device that gets hot gets slower."""
 
     contender: str
@@ -208,7 +219,7 @@ class LongRun(_Table, frozen=True):
     """Tokens of each repetition, all from the same depth."""
 
 
-class Check(_Table, frozen=True):
+class Check(Table, frozen=True):
     """A contender on that device against its bundle's selftest."""
 
     contender: str
@@ -219,7 +230,7 @@ class Check(_Table, frozen=True):
     """The same, as exported."""
 
 
-class Samples(_Table, frozen=True):
+class Samples(Table, frozen=True):
     """What a device measured of contenders."""
 
     machine: Machine
@@ -230,49 +241,9 @@ class Samples(_Table, frozen=True):
     turns: tuple[Turn, ...] = ()
     first_tokens: tuple[FirstToken, ...] = ()
     long_runs: tuple[LongRun, ...] = ()
+    bandwidth: tuple[Bandwidth, ...] = ()
 
 
-class Report(_Table, frozen=True):
-    """One run of the bench."""
-
-    started: str
-    """UTC, ISO 8601."""
-    machine: Machine
-    protocol: Protocol
-    contenders: tuple[Contender, ...]
-    rounds: tuple[Round, ...]
-    loads: tuple[Load, ...]
-    memory: tuple[Memory, ...]
-    turns: tuple[Turn, ...]
-    bandwidth: tuple[Bandwidth, ...]
-    quality: tuple[Quality, ...] = ()
-    format: Literal["mobile-export-bench"] = "mobile-export-bench"
-    schema_version: Literal[1] = 1
-
-    def speeds(self, contender: str, threads: int, what: Speed, prompt: int) -> list[float]:
-        """Tokens a second in each round, in order: of the prompt, or of the tokens after it."""
-        turns = [
-            turn
-            for turn in self.turns
-            if (turn.contender, turn.threads, turn.prompt) == (contender, threads, prompt)
-        ]
-        if what == "prefill":
-            return [turn.prompt / turn.prefill_ns * 1e9 for turn in turns]
-        return [len(turn.decode_ns) / sum(turn.decode_ns) * 1e9 for turn in turns if turn.decode_ns]
-
-
-def save(report: Report, path: Path) -> None:
-    """Write the report as JSON."""
-    write_file(path, msgspec.json.format(msgspec.json.encode(report), indent=1) + b"\n")
-
-
-def load(path: Path) -> Report:
-    """Read a report. ExportError: it is not one, or of another version."""
-    try:
-        return msgspec.json.decode(path.read_bytes(), type=Report)
-    except OSError as error:
-        raise ExportError(f"cannot read '{path.name}': {error.strerror}", "check the path") from None
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise ExportError(
-            f"'{path.name}' is no bench report of this version: {error}", "run the bench again"
-        ) from None
+def token_ids(length: int, vocab: int) -> list[int]:
+    """The fixed token ids of a prompt; all of them exist, none of them means anything."""
+    return [7 + 31 * index % min(vocab - 7, 997) for index in range(length)]

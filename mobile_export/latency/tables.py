@@ -1,4 +1,7 @@
-"""A bench report for people: speeds, ratios against the peer, memory bandwidth, and what was not quiet."""
+"""A bench report for people: speeds, latencies, ratios against the peer, bandwidth, and what was not quiet.
+
+What is no speed never gets a number here.
+"""
 
 from __future__ import annotations
 
@@ -6,28 +9,40 @@ import statistics
 from collections.abc import Iterator, Sequence
 
 from mobile_export import console
-from mobile_export.latency.protocol import Contender, Report, Speed
+from mobile_export.latency.protocol import Contender
+from mobile_export.latency.reports import Report, Speed, percentile, spread
 
 _BUSY = 0.15
 """Cores of other work above which the reader is told."""
 _SPINNING = 0.02
 """Share of a core above which a waiting runtime counts as not idle."""
+_COLD = 0.05
+"""Share of an artefact in the page cache above which a cold load was not one."""
+_THROTTLED = 1.05
+"""Last over first decile of a long run above which the reader is told that the device slows down."""
 
 
 def render(report: Report) -> None:
-    """Print one table for each thread count, then what the reader must know of the run."""
+    """Print the tables of each thread count, then what the reader must know of the run."""
     machine, protocol = report.machine, report.protocol
-    console.say(f"{machine.cpu}, {machine.cores} cores, {machine.system}; {report.started}")
-    for threads in protocol.threads:
-        rows = [_row(report, one, threads) for one in report.contenders]
-        rows += [_ratios(report, one, threads) for one in report.contenders if not one.peer]
-        columns = ["", *(title for title, _, _ in _speeds(report)), "load", "peak memory", "file", "KL"]
-        console.table(f"\n{threads} thread{'s' * (threads > 1)}", columns, [row for row in rows if row])
     console.say(
-        f"\ntokens a second: median of {protocol.rounds} interleaved rounds, ± half of highest less lowest; "
-        "ratios: median over rounds of ours / the peer's faster one, same round"
+        f"{report.device.name}: {machine.cpu}, {machine.cores} cores, {machine.system}; {report.started}"
     )
-    for line in (*_bandwidth(report), *_warnings(report)):
+    timed = [one for one in report.contenders if not report.not_speed(one)]
+    for threads in protocol.threads if timed else ():
+        rows = [_row(report, one, threads) for one in timed]
+        rows += [_ratios(report, one, threads) for one in timed if not one.peer]
+        columns = ["", *(title for title, _, _ in _speeds(report)), "file", "KL"]
+        console.table(f"\n{threads} thread{'s' * (threads > 1)}", columns, [row for row in rows if row])
+        columns = ["", "load cold", "load warm", "peak memory", "first token", "of a text"]
+        columns += [f"token p50/p90/p99 at {depth}" for depth in _depths(report)]
+        console.table("", columns, [_latencies(report, one, threads) for one in timed])
+    if timed:
+        console.say(
+            f"\ntokens a second: median of {protocol.rounds} interleaved rounds, ± half of highest less "
+            "lowest; ratios: median over rounds of ours / the peer's faster one, same round"
+        )
+    for line in (*_not_speeds(report), *_bandwidth(report), *_warnings(report)):
         console.say(line)
 
 
@@ -45,10 +60,15 @@ def _speeds(report: Report) -> list[tuple[str, Speed, int]]:
     """Title, kind and prompt of each column of speeds."""
     columns: list[tuple[str, Speed, int]] = []
     for regime in report.protocol.regimes:
-        columns.append((f"prefill {regime.prompt}", "prefill", regime.prompt))
+        if regime.prompt:
+            columns.append((f"prefill {regime.prompt}", "prefill", regime.prompt))
         if regime.decode:
             columns.append((f"decode {regime.decode} at {regime.prompt}", "decode", regime.prompt))
     return columns
+
+
+def _depths(report: Report) -> list[int]:
+    return [regime.prompt for regime in report.protocol.regimes if regime.decode]
 
 
 def _row(report: Report, contender: Contender, threads: int) -> list[str]:
@@ -57,41 +77,54 @@ def _row(report: Report, contender: Contender, threads: int) -> list[str]:
     for _, what, prompt in _speeds(report):
         speeds = report.speeds(name, threads, what, prompt)
         middle = statistics.median(speeds)
-        cells.append(f"{middle:.1f} ±{(max(speeds) - min(speeds)) / 2 / middle:.0%}")
+        cells.append(f"{middle:.1f} ±{spread(speeds) / middle:.0%}")
     quality = [one.kl_mean for one in report.quality if one.contender == name]
     kl = f"{quality[0]:.4f}" if quality and quality[0] is not None else "-"
-    return [
-        name,
-        *cells,
-        f"{_load(report, name, threads):.2f} s",
-        console.human_bytes(_peak(report, name, threads)),
-        console.human_bytes(contender.file_bytes),
-        kl,
-    ]
+    return [name, *cells, console.human_bytes(contender.file_bytes), kl]
+
+
+def _latencies(report: Report, contender: Contender, threads: int) -> list[str]:
+    """Seconds, bytes, milliseconds."""
+    name = contender.name
+    loads = {
+        kind: [
+            one.ns for one in report.loads if (one.contender, one.threads, one.kind) == (name, threads, kind)
+        ]
+        for kind in ("cold", "warm")
+    }
+    firsts = [one for one in report.first_tokens if (one.contender, one.threads) == (name, threads)]
+    cells = [f"{statistics.median(found) / 1e9:.2f} s" if found else "-" for found in loads.values()]
+    peaks = [one.peak_bytes for one in report.memory if (one.contender, one.threads) == (name, threads)]
+    cells.append(console.human_bytes(peaks[0]) if peaks else "-")
+    for with_text in (False, True):
+        times = [one.prefill_ns + one.tokenize_ns * with_text for one in firsts]
+        cells.append(f"{statistics.median(times) / 1e6:.1f} ms" if times else "-")
+    for depth in _depths(report):
+        steps = [step for turn in report.of(name, threads, depth) for step in turn.decode_ns]
+        cells.append("/".join(f"{percentile(steps, at) / 1e6:.1f}" for at in (50, 90, 99)) + " ms")
+    return [name, *cells]
 
 
 def _ratios(report: Report, contender: Contender, threads: int) -> list[str]:
-    """Ours / peer's: for speeds above 1 is better, else below 1, against the peer's lower figure."""
+    """Ours / peer's speeds, above 1 is better; of the file's size, below 1."""
     peers = [one for one in report.contenders if one.peer]
     if not peers:
         return []
     name = contender.name
     speeds = [ratio(report, name, threads, what, prompt) for _, what, prompt in _speeds(report)]
-    load = _load(report, name, threads) / min(_load(report, one.name, threads) for one in peers)
-    peak = _peak(report, name, threads) / min(_peak(report, one.name, threads) for one in peers)
     size = contender.file_bytes / min(one.file_bytes for one in peers)
-    numbers = [*speeds, load, peak, size]
-    return [f"{name} / {peers[0].runtime}", *(f"x{number:.2f}" for number in numbers), ""]
+    return [f"{name} / {peers[0].runtime}", *(f"x{number:.2f}" for number in (*speeds, size)), ""]
 
 
-def _load(report: Report, name: str, threads: int) -> float:
-    """Seconds, median."""
-    loads = [one.ns for one in report.loads if (one.contender, one.threads) == (name, threads)]
-    return statistics.median(loads) / 1e9
-
-
-def _peak(report: Report, name: str, threads: int) -> int:
-    return next(one.peak_bytes for one in report.memory if (one.contender, one.threads) == (name, threads))
+def _not_speeds(report: Report) -> Iterator[str]:
+    """What was checked on that device, and why it was not timed."""
+    for one in report.contenders:
+        if reason := report.not_speed(one):
+            said = [check for check in report.checks if check.contender == one.name]
+            tokens = (
+                f"; it says {said[0].matched} of {said[0].expected} tokens of the selftest" if said else ""
+            )
+            yield f"{one.name} on {report.device.name}: not a speed ({reason}){tokens}"
 
 
 def _bandwidth(report: Report) -> Iterator[str]:
@@ -99,6 +132,8 @@ def _bandwidth(report: Report) -> Iterator[str]:
     for probe in report.bandwidth:
         parts = []
         for one in report.contenders:
+            if report.not_speed(one):
+                continue
             shares = [
                 one.file_bytes * statistics.median(speeds) / probe.per_second
                 for _, what, prompt in _speeds(report)
@@ -113,18 +148,48 @@ def _bandwidth(report: Report) -> Iterator[str]:
 
 
 def _warnings(report: Report) -> Iterator[str]:
-    floors = {one.contender: one.floor_bytes for one in report.loads}
-    resident = ", ".join(f"{name} {console.human_bytes(size)}" for name, size in floors.items())
-    yield f"of peak memory, interpreter and libraries: {resident}"
-    before = max((one.busy for one in report.rounds), default=0.0)
-    others = [turn.others for turn in report.turns]
-    if max([before, *others], default=0.0) > _BUSY:
-        yield (
-            f"not quiet: other work kept up to {before:.2f} cores busy before a round, and "
-            f"{statistics.median(others):.2f} (median) to {max(others):.2f} during turns"
-        )
+    floors = {one.contender: one.floor_bytes for one in report.memory}
+    if floors:
+        resident = ", ".join(f"{name} {console.human_bytes(size)}" for name, size in floors.items())
+        yield f"of peak memory, interpreter and libraries: {resident}"
+    if firsts := report.first_tokens:
+        yield f"first token: of {firsts[0].tokens} tokens; of a text: with making them"
+    for run in report.long_runs:
+        slower = throttling(run.decode_ns)
+        length = sum(map(sum, run.decode_ns)) / 1e9
+        slows = ": it slows down" if slower > _THROTTLED else ""
+        deciles = f"last / first decile of {length:.0f} s of decoding"
+        yield f"{run.contender}: {deciles}: x{slower:.2f} the time{slows}"
+    yield from _not_quiet(report)
     for name in spinning(report):
         yield f"{name}: its threads do not sleep while others work; the others' figures suffer"
+
+
+def _not_quiet(report: Report) -> Iterator[str]:
+    """Other work, held clocks, and loads that were not cold."""
+    before = max((one.busy or 0.0 for one in report.states if one.when == "before"), default=0.0)
+    others = [turn.others for turn in report.turns if turn.others is not None]
+    if max([before, *others], default=0.0) > _BUSY:
+        during = (
+            f", and {statistics.median(others):.2f} (median) to {max(others):.2f} during turns"
+            if others
+            else ""
+        )
+        yield f"not quiet: other work kept up to {before:.2f} cores busy before a round{during}"
+    held = sorted({one.thermal for one in report.states} - {"none", "nominal", "unknown"})
+    if held:
+        yield f"not cool: the system says {', '.join(held)}"
+    warm = [one.cached for one in report.loads if one.kind == "cold" and one.cached and one.cached > _COLD]
+    if warm:
+        yield f"not cold: up to {max(warm):.0%} of the artefact was in the page cache at a cold load"
+
+
+def throttling(decode_ns: Sequence[Sequence[int]]) -> float:
+    """Median token time of the last tenth of a long run's repetitions over that of the first tenth."""
+    share = max(len(decode_ns) // 10, 1)
+    first, last = decode_ns[:share], decode_ns[-share:]
+    middle = [statistics.median([step for turn in part for step in turn]) for part in (last, first)]
+    return middle[0] / middle[1]
 
 
 def spinning(report: Report) -> Sequence[str]:
@@ -132,7 +197,7 @@ def spinning(report: Report) -> Sequence[str]:
     found = []
     for one in report.contenders:
         turns = [turn for turn in report.turns if turn.contender == one.name]
-        waited, took = sum(turn.idle_ns for turn in turns), sum(turn.idle_cpu_ns for turn in turns)
-        if waited and took / waited > _SPINNING:
+        waited = sum(turn.idle_ns or 0 for turn in turns)
+        if waited and sum(turn.idle_cpu_ns or 0 for turn in turns) / waited > _SPINNING:
             found.append(one.name)
     return found

@@ -1,17 +1,21 @@
-"""One runtime in a process of its own: answers JSON lines on stdin with JSON lines on stdout.
+"""One runtime in a process of its own, or a probe of its machine: JSON lines in, JSON lines out.
 
-Runs in any environment that has the runtime and numpy: nothing of this package is imported before
-a bundle is opened. Times are nanoseconds of the monotonic clock. See `workers.py` for the other end.
+A peer's runs in an environment that has that runtime and numpy alone: nothing of this package is
+imported before a bundle is opened or the machine asked for. Times are nanoseconds of the monotonic
+clock. See `workers.py` for the other end.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
 import time
 from pathlib import Path
 from typing import Any
+
+from mobile_export.latency.pages import cached_share, drop, resident_bytes
 
 
 class BundleRunner:
@@ -21,8 +25,9 @@ class BundleRunner:
         from mobile_export.bundle import load
         from mobile_export.targets import target
 
-        bundle = load(Path(spec["path"]))
-        self.runner = target(bundle.manifest.target).open(bundle.path("program"), threads=threads)
+        self.bundle = load(Path(spec["path"]))
+        module = target(self.bundle.manifest.target)
+        self.runner = module.open(self.bundle.path("program"), threads=threads)
         self.vocab, self.context = self.runner.vocab, self.runner.context
         self.last_logits, self.logits, self.reset = (
             self.runner.last_logits,
@@ -30,91 +35,33 @@ class BundleRunner:
             self.runner.reset,
         )
 
-    def close(self) -> None:
-        """The process' end frees it."""
+    def tokenizer(self) -> Any:
+        """The bundle's own tokenizer, normalization included."""
+        from tokenizers import Tokenizer
 
+        return Tokenizer.from_file(str(self.bundle.path("tokenizer")))
 
-class LlamaRunner:
-    """A GGUF in llama.cpp, through its C functions: a token's only Python is one `llama_decode` call.
-
-    The model is mapped; both thread counts are `threads`; batches of 512; fp16 KV cache (its default).
-    Logits are computed where they are read: at the last position, or with `all_logits` at each.
-    """
-
-    def __init__(self, spec: dict[str, Any], threads: int) -> None:
-        import ctypes
-
-        import llama_cpp as api  # type: ignore[import-not-found]
-        import numpy as np
-
-        self.api, self.np, self.ctypes = api, np, ctypes
-        self._log = api.llama_log_callback(lambda level, text, data: None)
-        api.llama_log_set(self._log, ctypes.c_void_p(0))
-        api.llama_backend_init()
-        model = api.llama_model_default_params()
-        model.load_mode = api.LLAMA_LOAD_MODE_MMAP
-        model.n_gpu_layers = 0
-        self.model = api.llama_model_load_from_file(spec["path"].encode(), model)
-        if not self.model:
-            raise RuntimeError("llama.cpp cannot load the GGUF")
-        options = api.llama_context_default_params()
-        options.n_ctx = spec["context"]
-        options.n_batch = options.n_ubatch = self.batch = 512
-        options.n_outputs_max = 0 if spec.get("all_logits") else 1
-        options.n_threads = options.n_threads_batch = threads
-        options.flash_attn_type = int(spec["flash_attention"])
-        options.no_perf = True
-        self.session = api.llama_init_from_model(self.model, options)
-        if not self.session:
-            raise RuntimeError("llama.cpp cannot make a context")
-        self.memory = api.llama_get_memory(self.session)
-        self.vocab = api.llama_vocab_n_tokens(api.llama_model_get_vocab(self.model))
-        self.context = api.llama_n_ctx(self.session)
-
-    def last_logits(self, tokens: list[int], start: int) -> Any:
-        """fp32 [vocab], valid until the next call."""
-        self.api.llama_memory_seq_rm(self.memory, 0, start, -1)
-        for at in range(0, len(tokens), self.batch):
-            part = tokens[at : at + self.batch]
-            array = (self.api.llama_token * len(part))(*part)
-            self._decode(self.api.llama_batch_get_one(array, len(part)))
-        return self._row(-1)
-
-    def logits(self, tokens: list[int], start: int) -> Any:
-        """fp32 [S, vocab]."""
-        self.api.llama_memory_seq_rm(self.memory, 0, start, -1)
-        rows = []
-        batch = self.api.llama_batch_init(self.batch, 0, 1)
-        for at in range(0, len(tokens), self.batch):
-            part = tokens[at : at + self.batch]
-            batch.n_tokens = len(part)
-            for i, token in enumerate(part):
-                batch.token[i], batch.pos[i] = token, start + at + i
-                batch.n_seq_id[i], batch.seq_id[i][0], batch.logits[i] = 1, 0, 1
-            self._decode(batch)
-            rows += [self._row(i).copy() for i in range(len(part))]
-        self.api.llama_batch_free(batch)
-        return self.np.stack(rows)
-
-    def reset(self) -> None:
-        """Forget the cache."""
-        self.api.llama_memory_clear(self.memory, False)
+    def cases(self) -> Any:
+        """The bundle's selftest: see `golden.selftest`."""
+        return json.loads(self.bundle.path("selftest").read_bytes())["cases"]
 
     def close(self) -> None:
-        """Free context and model."""
-        self.api.llama_free(self.session)
-        self.api.llama_model_free(self.model)
-
-    def _decode(self, batch: Any) -> None:
-        if code := self.api.llama_decode(self.session, batch):
-            raise RuntimeError(f"llama_decode returned {code}")
-
-    def _row(self, index: int) -> Any:
-        row = self.api.llama_get_logits_ith(self.session, index)
-        return self.np.ctypeslib.as_array(row, shape=(self.vocab,))
+        """Free the artefact."""
+        self.runner = self.last_logits = self.logits = self.reset = None
+        gc.collect()
 
 
-RUNNERS: dict[str, Any] = {"bundle": BundleRunner, "llama.cpp": LlamaRunner}
+def runner(spec: dict[str, Any], threads: int) -> Any:
+    """What runs that kind of artefact."""
+    if spec["kind"] == "bundle":
+        return BundleRunner(spec, threads)
+    from mobile_export.latency.llama import LlamaRunner
+
+    return LlamaRunner(spec, threads)
+
+
+FIRST = 7
+"""What is decoded first where there is no prompt: the first id of every prompt."""
 
 
 class Worker:
@@ -122,32 +69,49 @@ class Worker:
 
     def __init__(self) -> None:
         self.runner: Any = None
+        self.tokenizer: Any = None
 
-    def open(self, spec: dict[str, Any], threads: int, again: bool) -> dict[str, Any]:
-        """Open and make the first answer. `again`: a second time, so that imports are not in the time."""
-        kind, floor = RUNNERS[spec["kind"]], 0
-        if again:
-            kind(spec, threads).close()
-            floor = resident_bytes()
+    def open(self, spec: dict[str, Any], threads: int) -> dict[str, Any]:
+        """Open and make the first answer."""
         begin = time.perf_counter_ns()
-        self.runner = kind(spec, threads)
-        self.runner.last_logits([7], 0)
+        self.runner = runner(spec, threads)
+        self.runner.last_logits([FIRST], 0)
         took = time.perf_counter_ns() - begin
-        return {
-            "ns": took,
-            "vocab": self.runner.vocab,
-            "context": self.runner.context,
-            "floor_bytes": floor,
-        }
+        return {"ns": took, "vocab": self.runner.vocab, "context": self.runner.context}
+
+    def load(self, spec: dict[str, Any], threads: int) -> dict[str, Any]:
+        """Open three times: for the imports, with the files dropped from the page cache, with them in it."""
+        self.open(spec, threads)
+        loads = []
+        for kind in ("cold", "warm"):
+            self.runner.close()
+            files = [Path(spec["path"]) / name for name in spec["files"]]
+            if kind == "cold" and not drop(files):
+                self.open(spec, threads)
+                continue
+            cached = cached_share(files)
+            loads.append({"kind": kind, "ns": self.open(spec, threads)["ns"], "cached": cached})
+        return {"loads": loads, "vocab": self.runner.vocab}
+
+    def memory(self, spec: dict[str, Any], threads: int, turns: list[dict[str, Any]]) -> dict[str, Any]:
+        """Resident bytes with imports done, before the artefact is opened, and the most in the turns."""
+        self.open(spec, threads)
+        self.runner.close()
+        floor = resident_bytes()
+        self.open(spec, threads)
+        for turn in turns:
+            self.turn(**turn)
+        return {"floor_bytes": floor, "peak_bytes": resident_bytes("VmHWM")}
 
     def turn(self, prompt: list[int], decode: int) -> dict[str, Any]:
         """A prompt in one call from an empty cache, then `decode` tokens, greedy, none of them the end."""
         cpu, clock, runner = time.process_time_ns(), time.perf_counter_ns, self.runner
         runner.reset()
-        steps, tokens = [], []
-        begin = clock()
-        token = int(runner.last_logits(prompt, 0).argmax())
-        prefill = clock() - begin
+        steps, tokens, token, prefill = [], [], FIRST, 0
+        if prompt:
+            begin = clock()
+            token = int(runner.last_logits(prompt, 0).argmax())
+            prefill = clock() - begin
         for at in range(len(prompt), len(prompt) + decode):
             begin = clock()
             tokens.append(token)
@@ -156,6 +120,65 @@ class Worker:
         tokens.append(token)
         spent = time.process_time_ns() - cpu
         return {"prefill_ns": prefill, "decode_ns": steps, "tokens": tokens, "cpu_ns": spent}
+
+    def first_token(self, text: str) -> dict[str, Any]:
+        """From a text to the first token of its answer; the tokenizer is loaded before."""
+        self.tokenizer = self.tokenizer or self.runner.tokenizer()
+        clock = time.perf_counter_ns
+        begin = clock()
+        tokens = self.tokenizer.encode(text).ids[: self.runner.context - 1]
+        tokenized = clock() - begin
+        turn = self.turn(tokens, 0)
+        return {
+            "tokens": len(tokens),
+            "tokenize_ns": tokenized,
+            "prefill_ns": turn["prefill_ns"],
+            "said": turn["tokens"],
+        }
+
+    def long_run(self, prompt: list[int], decode: int, seconds: float) -> dict[str, Any]:
+        """The same turn over and over, `seconds` long."""
+        end, turns = time.perf_counter() + seconds, list[list[int]]()
+        while not turns or time.perf_counter() < end:
+            turns.append(self.turn(prompt, decode)["decode_ns"])
+        return {"decode_ns": turns}
+
+    def check(self) -> dict[str, Any]:
+        """Greedy tokens of the selftest that are the source's, before the first that is not."""
+        matched = expected = 0
+        for case in self.runner.cases():
+            self.runner.reset()
+            tokens, at = case["tokens"], 0
+            for wanted in case["greedy"]:
+                if int(self.runner.last_logits(tokens, at).argmax()) != wanted:
+                    break
+                matched, at, tokens = matched + 1, at + len(tokens), [wanted]
+            expected += case["greedy_match"]
+        return {"matched": matched, "expected": expected}
+
+    def machine(self) -> dict[str, Any]:
+        """What this machine is."""
+        from mobile_export.latency import machine
+
+        return {"machine": _plain(machine.describe())}
+
+    def state(self, threads: int, number: int, when: Any) -> dict[str, Any]:
+        """What this machine is doing."""
+        from mobile_export.latency import machine
+
+        return {"state": _plain(machine.state(threads, number, when))}
+
+    def busy(self) -> dict[str, Any]:
+        """Processor seconds of the whole machine, and the clock they were read at."""
+        from mobile_export.latency import machine
+
+        return {"busy_seconds": machine.busy_seconds(), "ns": time.perf_counter_ns()}
+
+    def bandwidth(self, threads: int) -> dict[str, Any]:
+        """How fast this machine reads memory."""
+        from mobile_export.latency import machine
+
+        return {"bandwidth": _plain(machine.bandwidth(threads))}
 
     def logits(self, tokens: list[int], start: int, file: str) -> dict[str, Any]:
         """Every position's logits, fp32 [S, vocab], into a file."""
@@ -167,22 +190,12 @@ class Worker:
         self.runner.reset()
         return {}
 
-    def memory(self) -> dict[str, Any]:
-        """The largest resident memory of this process so far."""
-        return {"peak_bytes": resident_bytes("VmHWM")}
 
+def _plain(struct: Any) -> Any:
+    """A struct as JSON has it."""
+    import msgspec
 
-def resident_bytes(line: str = "VmRSS") -> int:
-    """Resident memory now, or its peak since this program started (`VmHWM`).
-
-    Linux's ru_maxrss would remember the larger process it was forked from; elsewhere it is all there is.
-    """
-    import resource
-
-    status = Path("/proc/self/status")
-    if status.exists():
-        return int(status.read_text().split(f"{line}:")[1].split()[0]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return msgspec.to_builtins(struct)
 
 
 def main() -> None:

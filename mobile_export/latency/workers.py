@@ -30,8 +30,10 @@ class Launch:
     name: str
     command: tuple[str, ...]
     spec: dict[str, Any]
-    """For `worker.RUNNERS`: `kind`, `path` and that kind's options."""
+    """For `worker.runner`: `kind`, `path`, the artefact's `files` in it, and that kind's options."""
     env: dict[str, str] = field(default_factory=dict)
+    gone: dict[int, str] = field(default_factory=dict)
+    """What an exit code of `command` means, where it is not the worker's own."""
 
 
 class Worker:
@@ -39,7 +41,7 @@ class Worker:
 
     def __init__(self, launch: Launch) -> None:
         self.name = launch.name
-        self._spec = launch.spec
+        self._launch = launch
         self._said = tempfile.TemporaryFile()  # noqa: SIM115
         self._process = subprocess.Popen(
             launch.command,
@@ -61,9 +63,13 @@ class Worker:
         self._process.communicate()
         self._said.close()
 
-    def open(self, threads: int, *, again: bool = False) -> dict[str, Any]:
-        """Open the artefact: `ns` it took, `vocab`, `context`, and with `again` the `floor_bytes`."""
-        return self.ask("open", spec=self._spec, threads=threads, again=again)
+    def open(self, threads: int) -> dict[str, Any]:
+        """Open the artefact: `ns` it took, `vocab`, `context`."""
+        return self.ask("open", spec=self._launch.spec, threads=threads)
+
+    def with_artefact(self, request: str, **arguments: Any) -> dict[str, Any]:
+        """A request that opens the artefact itself."""
+        return self.ask(request, spec=self._launch.spec, **arguments)
 
     def ask(self, request: str, **arguments: Any) -> dict[str, Any]:
         """One request and its answer. ExportError when the worker refuses, dies or hangs."""
@@ -90,6 +96,8 @@ class Worker:
 
     def _died(self, request: str) -> ExportError:
         code = self._process.wait()
+        if code in self._launch.gone and not self._late:
+            return ExportError(self._launch.gone[code], "look after the device, then run it again")
         how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
         if self._late:
             how = f"no answer in {ANSWER_SECONDS:.0f} s"

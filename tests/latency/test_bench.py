@@ -10,10 +10,15 @@ import msgspec
 import pytest
 
 from mobile_export.errors import ExportError
-from mobile_export.latency import bench, protocol, tables
-from mobile_export.latency.protocol import Regime
+from mobile_export.latency import bench, reports, rounds, tables
+from mobile_export.latency.devices import Options
+from mobile_export.latency.protocol import Protocol, Regime
 
-REGIMES = (Regime(prompt=8, decode=5), Regime(prompt=32))
+REGIMES = (Regime(prompt=8), Regime(prompt=0, decode=5), Regime(prompt=32, decode=3))
+PLAN = Protocol(
+    rounds=2, threads=(2,), regimes=REGIMES, loads=1, long_seconds=0.2, long_regime=Regime(prompt=0, decode=9)
+)
+BUSY = Options(busy=True)
 
 
 @pytest.fixture(scope="module")
@@ -21,17 +26,13 @@ def measured(sandbox_bundle, peer_python, tmp_path_factory):
     """One run of the bench, for all tests that read its report."""
     copy = tmp_path_factory.mktemp("bench") / "copy"
     shutil.copytree(sandbox_bundle.folder, copy)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bench, "LOADS", 1)
-        return bench.bench(
-            [sandbox_bundle.folder, copy],
-            vs="llama.cpp" if peer_python else None,
-            peer_python=peer_python,
-            rounds=2,
-            threads=(2,),
-            regimes=REGIMES,
-            busy=True,
-        )
+    return bench.bench(
+        [sandbox_bundle.folder, copy],
+        plan=PLAN,
+        vs="llama.cpp" if peer_python else None,
+        peer_python=peer_python,
+        options=BUSY,
+    )
 
 
 def test_turns_are_interleaved(measured):
@@ -46,16 +47,42 @@ def test_turns_are_interleaved(measured):
 
 
 def test_every_sample_is_kept(measured):
+    names = [one.name for one in measured.contenders]
+    ours = [one.name for one in measured.contenders if not one.peer]
     for turn in measured.turns:
         steps = next(regime.decode for regime in REGIMES if regime.prompt == turn.prompt)
         assert len(turn.decode_ns) == steps and len(turn.tokens) == steps + 1
-        assert turn.prefill_ns > 0 and min(turn.decode_ns, default=1) > 0 and turn.cpu_ns > 0
-    assert [(one.contender, one.threads) for one in measured.loads] == [
-        (one.name, 2) for one in measured.contenders
+        assert (turn.prefill_ns > 0) == (turn.prompt > 0) and min(turn.decode_ns, default=1) > 0
+        assert turn.cpu_ns > 0
+    found = [(one.contender, one.kind) for one in measured.loads]
+    assert found == [(name, kind) for name in names for kind in ("cold", "warm")]
+    assert [one.contender for one in measured.memory] == names
+    assert all(1e7 < one.floor_bytes < one.peak_bytes < 4e9 for one in measured.memory)
+    assert [(one.contender, one.round) for one in measured.first_tokens] == [
+        (name, number) for number in (0, 1) for name in ours
     ]
-    assert all(load.ns > 0 and load.floor_bytes > 1e7 for load in measured.loads)
-    assert all(1e7 < one.peak_bytes < 4e9 for one in measured.memory)
+    assert all(one.tokens > 20 and one.tokenize_ns > 0 < one.prefill_ns for one in measured.first_tokens)
+    for run in measured.long_runs:
+        assert {len(turn) for turn in run.decode_ns} == {9} and sum(map(sum, run.decode_ns)) > 1e8
+    assert [run.contender for run in measured.long_runs] == names
+    assert [one.contender for one in measured.checks] == ours
+    assert all(one.matched >= one.expected > 10 for one in measured.checks)
     assert 1e9 < measured.bandwidth[0].per_second < 1e12
+
+
+def test_the_machine_is_looked_at_before_and_after_each_round(measured):
+    rounds_of = [(one.round, one.when) for one in measured.states if one.round >= 0]
+    assert rounds_of == [(number, when) for number in (0, 1) for when in ("before", "after")]
+    assert all(one.load_average >= 0 and one.busy >= 0 for one in measured.states)
+    assert measured.machine.versions["executorch"] and measured.machine.cores >= 1
+
+
+def test_a_cold_load_finds_no_page_of_the_artefact(measured):
+    """On Linux the system tells. Where a file system keeps no page cache of its own, nothing is cold."""
+    cold, warm = ([one.cached for one in measured.loads if one.kind == kind] for kind in ("cold", "warm"))
+    if None in cold:
+        pytest.skip("this system does not tell what is in its page cache")
+    assert max(cold) < 0.5 < min(warm)
 
 
 def test_two_copies_say_the_same(measured):
@@ -67,19 +94,19 @@ def test_two_copies_say_the_same(measured):
 
 
 def test_a_report_survives_json(measured, tmp_path):
-    protocol.save(measured, tmp_path / "bench.json")
-    assert protocol.load(tmp_path / "bench.json") == measured
-    text = (tmp_path / "bench.json").read_text().replace('"schema_version": 1', '"schema_version": 2')
-    (tmp_path / "later.json").write_text(text)
-    with pytest.raises(ExportError, match=r"'later.json' is no bench report of this version"):
-        protocol.load(tmp_path / "later.json")
+    reports.save(measured, tmp_path / "bench.json")
+    assert reports.load(tmp_path / "bench.json") == measured
+    text = (tmp_path / "bench.json").read_text().replace('"schema_version": 2', '"schema_version": 1')
+    (tmp_path / "other.json").write_text(text)
+    with pytest.raises(ExportError, match=r"'other.json' is no bench report of this version"):
+        reports.load(tmp_path / "other.json")
 
 
 def test_the_table_names_everyone(measured, capsys):
     tables.render(measured)
     shown = capsys.readouterr().out
     assert all(one.name in shown for one in measured.contenders)
-    assert "2 threads" in shown and "decode 5 at 8" in shown
+    assert "2 threads" in shown and "decode 5 at 0" in shown and "p50/p90/p99 at 32" in shown
 
 
 def test_the_peer_carries_the_same_model(measured, peer_python):
@@ -126,26 +153,39 @@ def test_contexts_too_short_and_models_that_differ_are_refused(sandbox_bundle, t
     digest = sandbox_bundle.manifest.model.digest
     (other / "manifest.json").write_text(text.replace(digest, digest[::-1]))
     with pytest.raises(ExportError, match="these bundles hold different models"):
-        bench.bench([sandbox_bundle.folder, other], regimes=REGIMES)
+        bench.bench([sandbox_bundle.folder, other], plan=PLAN)
 
 
-def test_round_that_says_something_else_is_no_measurement(measured):
-    changed = msgspec.structs.replace(measured.turns[-1], tokens=(1,))
-    with pytest.raises(ExportError, match="said something else in round 2 than in the first"):
-        bench._refuse_changes([*measured.turns[:-1], changed])
+def test_round_that_says_something_else_is_no_measurement():
+    said = {}
+    rounds._refuse_change(said, "ours", 8, 0, (5, 6))
+    rounds._refuse_change(said, "ours", 8, 1, [5, 6])
+    with pytest.raises(ExportError, match="'ours' said something else in round 3 than in the first"):
+        rounds._refuse_change(said, "ours", 8, 2, (5, 7))
+
+
+def test_an_artefact_that_says_something_else_is_not_timed(sandbox_bundle, tmp_path):
+    folder = tmp_path / "android"
+    shutil.copytree(sandbox_bundle.folder, folder)
+    told = msgspec.json.decode((folder / "selftest.json").read_bytes())
+    for case in told["cases"]:
+        case["greedy"] = [token + 1 for token in case["greedy"]]
+    (folder / "selftest.json").write_bytes(msgspec.json.encode(told))
+    with pytest.raises(ExportError, match=r"does not say there what its bundle's selftest says: 0 of \d+ t"):
+        bench.bench([folder], plan=PLAN, options=BUSY)
 
 
 def test_no_peer_is_one_line(sandbox_bundle):
-    nowhere = {"vs": "llama.cpp", "peer_python": Path("nowhere/python"), "busy": True}
+    nowhere = {"vs": "llama.cpp", "peer_python": Path("nowhere/python"), "options": BUSY}
     with pytest.raises(ExportError, match="llama.cpp is not installed; run ci/bench-peer.sh"):
-        bench.bench([sandbox_bundle.folder], regimes=REGIMES, **nowhere)
+        bench.bench([sandbox_bundle.folder], plan=PLAN, **nowhere)
 
 
 def test_a_busy_machine_is_refused(sandbox_bundle):
     loops = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2)]
     try:
         with pytest.raises(ExportError, match=r"other work keeps \d\.\d cores .* busy; wait until"):
-            bench.bench([sandbox_bundle.folder], regimes=REGIMES)
+            bench.bench([sandbox_bundle.folder], plan=PLAN)
     finally:
         for loop in loops:
             loop.kill()

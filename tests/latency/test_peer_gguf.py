@@ -50,10 +50,10 @@ def test_the_peer_says_what_the_source_says(spec, family, peer_python):
     if peer_python is None:
         pytest.skip("llama.cpp is not installed: ci/bench-peer.sh")
     checkpoint = resolve(spec(family))
-    for contender, launch in bench.wide(peer.contenders(checkpoint, 256, peer_python)):
-        with Worker(launch) as worker:
+    for entry in peer.contenders(checkpoint, 256, peer_python):
+        with Worker(bench.wide(entry)) as worker:
             runner = RemoteRunner(worker, worker.open(1))
-            quality = bench._quality(contender.name, runner, bench._golden(checkpoint, 256))
+            quality = bench._quality(entry.contender.name, runner, bench._golden(checkpoint, 256))
         assert quality.kl_mean < 0.01 and quality.positions > 100
 
 

@@ -51,6 +51,8 @@ class Options:
 
     python: str = ""
     """A Python on the device that has the runtime already; else an environment is made there."""
+    busy: bool = False
+    """Measure although other work runs there."""
 
 
 @dataclass(frozen=True)
