@@ -94,7 +94,7 @@ def test_its_quantized_program_says_nearly_what_it_says(given):
 
 
 def test_it_is_fast_enough_to_talk_to(real_bundle):
-    speed = host.measure(real_bundle.folder, 1)
+    (speed,) = host.measure(real_bundle.folder, (1,))
     print(speed)
     assert speed.decode > 2 and speed.prefill > 10 and speed.load_seconds < 30
     assert speed.peak_bytes < 4e9

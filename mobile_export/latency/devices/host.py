@@ -16,8 +16,6 @@ from mobile_export.latency.workers import Launch
 from mobile_export.targets import SOLO_BLAS
 
 WORKER = ("-m", "mobile_export.latency.worker")
-_BESIDE = {"tokenizer", "tokenizer-runner", "tokenizer-config", "chat-template", "selftest", "notice"}
-"""Files that the runtime of the artefact does not read."""
 
 
 class Host:
@@ -51,7 +49,7 @@ def artefact_files(folder: Path) -> list[str]:
     from mobile_export.bundle import load
 
     files = load(folder).manifest.files
-    return sorted(name for name, file in files.items() if file.role not in _BESIDE)
+    return sorted(name for name, file in files.items() if file.role == "program")
 
 
 @contextmanager
