@@ -44,12 +44,23 @@ class Metrics(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     cases: int
 
 
+class Depth(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The positions `first` to `last`, both included, of all cases: see `by_position`."""
+
+    first: int
+    last: int
+    positions: int
+    kl_mean: float | None
+
+
 class StageResult(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """One line of a report: `stage` measured against `against`."""
 
     stage: str
     against: str
     metrics: Metrics
+    by_position: tuple[Depth, ...] = ()
+    """How the loss grows with the number of tokens before."""
     threshold: Threshold | None = None
     """None: reported, not held to a limit."""
     passed: bool
@@ -85,6 +96,9 @@ class ParityReport(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     model: str
     checkpoint: str
     """Digest of the source."""
+    target: str = ""
+    """The artefact's, as its manifest names it, and the digest of its recipe."""
+    recipe: str = ""
     stages: tuple[StageResult, ...]
     consistency: tuple[Consistency, ...] = ()
     claim: str = ""
@@ -169,6 +183,27 @@ def compare(cases: Sequence[Case], reference: Observation, candidate: Observatio
         )
 
 
+def by_position(
+    cases: Sequence[Case], reference: Observation, candidate: Observation, against: str
+) -> tuple[Depth, ...]:
+    """Mean KL at the positions 0, 1, 2-3, 4-7, 8-15 and so on of the cases that reach them."""
+    import numpy as np
+
+    at = candidate.at[against]
+    _check_shapes(cases, reference, at)
+    kl = kl_divergence(reference.top_logits, reference.logsumexp, at, candidate.logsumexp)
+    place = np.concatenate([np.arange(len(case.inputs)) for case in cases])
+    found, first = [], 0
+    while first <= place.max(initial=-1):
+        last = max(2 * first - 1, first)
+        here = kl[(first <= place) & (place <= last)]
+        with np.errstate(all="ignore"):
+            mean = _finite(here.mean())
+        found.append(Depth(first=first, last=last, positions=len(here), kl_mean=mean))
+        first = last + 1
+    return tuple(found)
+
+
 def check(metrics: Metrics, threshold: Threshold) -> bool:
     """Whether a stage keeps its limits. Anything not finite fails."""
     if metrics.broken or metrics.kl_mean is None or metrics.dlogit_max is None or metrics.positions < 1:
@@ -176,10 +211,23 @@ def check(metrics: Metrics, threshold: Threshold) -> bool:
     return metrics.kl_mean <= threshold.kl_mean and metrics.top1 >= threshold.top1
 
 
-def stage_result(stage: str, against: str, metrics: Metrics, threshold: Threshold | None) -> StageResult:
+def stage_result(
+    stage: str,
+    against: str,
+    metrics: Metrics,
+    threshold: Threshold | None,
+    depths: tuple[Depth, ...] = (),
+) -> StageResult:
     """A line of the report; without a threshold it fails only when something is not finite."""
     passed = check(metrics, threshold or Threshold(kl_mean=float("inf"), top1=0.0))
-    return StageResult(stage=stage, against=against, metrics=metrics, threshold=threshold, passed=passed)
+    return StageResult(
+        stage=stage,
+        against=against,
+        metrics=metrics,
+        by_position=depths,
+        threshold=threshold,
+        passed=passed,
+    )
 
 
 def rounded(metrics: Metrics) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from mobile_export import console
 from mobile_export.bundle import Bundle
 from mobile_export.errors import ExportError
-from mobile_export.parity import ParityReport, StageResult, compare, stage_result
+from mobile_export.parity import ParityReport, StageResult, by_position, compare, stage_result
 from mobile_export.recipe import Recipe, Threshold, parse_recipe
 from mobile_export.targets import reference, runners, target
 
@@ -88,6 +88,8 @@ def parity(given: Inputs, stages: tuple[str, ...] = STAGES) -> ParityReport:
     return ParityReport(
         model=given.checkpoint.name,
         checkpoint=given.checkpoint.digest,
+        target=given.bundle.manifest.target,
+        recipe=given.bundle.manifest.recipe.digest,
         stages=tuple(lines),
         consistency=tuple(groups),
         claim=getattr(target(given.bundle.manifest.target), "CLAIM", ""),
@@ -134,5 +136,5 @@ def _consistency(given: Inputs, stage: str, runner: Runner) -> Any:
 def _line(
     given: Inputs, stage: str, against: str, reference: Observation, observed: Observation, limit: Any
 ) -> StageResult:
-    metrics = compare(given.golden.cases, reference, observed, against)
-    return stage_result(stage, against, metrics, limit)
+    both = (given.golden.cases, reference, observed, against)
+    return stage_result(stage, against, compare(*both), limit, by_position(*both))

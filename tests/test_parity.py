@@ -14,6 +14,7 @@ from mobile_export.parity import (
     Agreement,
     Consistency,
     ParityReport,
+    by_position,
     check,
     compare,
     greedy_matches,
@@ -74,6 +75,33 @@ def test_identical_is_zero():
     assert (m.positions, m.broken, m.cases) == (12, 0, 2)
     assert (m.greedy_mean, m.greedy_min, m.greedy_whole) == (3, 2, 2)
     assert check(m, Threshold(kl_mean=0.0, top1=1.0))
+
+
+def test_the_loss_by_position_is_that_of_the_tokens_there():
+    cases = [case(), case(3, 2)]
+    logits = logits_of(cases)
+    reference, edited = seen(cases, logits), logits.copy()
+    edited[[6, 10], :50] += 1.0  # position 6 of the first case, 2 of the second
+    candidate = seen(cases, edited, reference)
+    depths = by_position(cases, reference, candidate, "ref")
+    assert [(one.first, one.last, one.positions) for one in depths] == [
+        (0, 0, 2),
+        (1, 1, 2),
+        (2, 3, 4),
+        (4, 7, 4),
+    ]
+    assert [one.kl_mean > 1e-4 for one in depths] == [False, False, True, True]
+    whole = compare(cases, reference, candidate, "ref").kl_mean
+    assert sum(one.kl_mean * one.positions for one in depths) / 12 == pytest.approx(whole)
+
+
+def test_a_position_that_is_not_finite_has_no_mean():
+    cases = [case()]
+    logits = logits_of(cases)
+    reference, edited = seen(cases, logits), logits.copy()
+    edited[1] = np.nan
+    depths = by_position(cases, reference, seen(cases, edited, reference), "ref")
+    assert [one.kl_mean is None for one in depths] == [False, True, False, False]
 
 
 def test_known_divergence():
