@@ -7,7 +7,7 @@ schema files are generated from these structs: `python -m mobile_export.latency.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta
@@ -209,6 +209,17 @@ class DeviceReport(_Table, frozen=True, kw_only=True):
     schema_version: Literal[1] = 1
 
 
+class Inventory(_Table, frozen=True):
+    """What an iOS app says that it has, after it has thrown away what is not what its name says."""
+
+    run: str
+    """That of the launch."""
+    blobs: dict[Sha256, Count]
+    """Bytes by sha256."""
+    format: Literal["mobile-export-device-inventory"] = "mobile-export-device-inventory"
+    schema_version: Literal[1] = 1
+
+
 class _Head(msgspec.Struct):
     """What every version of a report has."""
 
@@ -216,24 +227,36 @@ class _Head(msgspec.Struct):
     schema_version: int = 0
 
 
-def encode(message: Request | DeviceReport) -> bytes:
+_Message = TypeVar("_Message", DeviceReport, Inventory)
+
+
+def encode(message: Request | DeviceReport | Inventory) -> bytes:
     """Compact JSON."""
     return msgspec.json.encode(message)
 
 
 def decode(data: bytes) -> DeviceReport:
     """The app's report. ExportError: it is not one, or the app follows another version of the contract."""
+    return _decode(data, DeviceReport, "report")
+
+
+def decode_inventory(data: bytes) -> Inventory:
+    """The app's inventory. Errors as in `decode`."""
+    return _decode(data, Inventory, "inventory")
+
+
+def _decode(data: bytes, struct: type[_Message], name: str) -> _Message:
     try:
         head = msgspec.json.decode(data, type=_Head)
-        if head.format == "mobile-export-device-report" and head.schema_version != SCHEMA_VERSION:
+        if head.format == f"mobile-export-device-{name}" and head.schema_version != SCHEMA_VERSION:
             raise ExportError(
-                f"the app reports in version {head.schema_version} of the contract, not {SCHEMA_VERSION}",
+                f"the app speaks version {head.schema_version} of the contract, not {SCHEMA_VERSION}",
                 "install the app that belongs to this version of mobile-export",
             )
-        return msgspec.json.decode(data, type=DeviceReport)
+        return msgspec.json.decode(data, type=struct)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ExportError(
-            f"the app's report does not keep to the contract: {error}",
+            f"the app's {name} does not keep to the contract: {error}",
             "see docs/device-contract.md, and mend the app",
         ) from None
 
@@ -241,8 +264,12 @@ def decode(data: bytes) -> DeviceReport:
 def schema_files() -> dict[Path, bytes]:
     """The committed JSON Schemas, and what they must hold."""
     folder = Path(__file__).parents[1] / "schemas"
-    structs: dict[str, type[msgspec.Struct]] = {"device-request": Request, "device-report": DeviceReport}
-    return {folder / f"{name}.schema.json": _schema(struct) for name, struct in structs.items()}
+    structs: dict[str, type[msgspec.Struct]] = {
+        "request": Request,
+        "report": DeviceReport,
+        "inventory": Inventory,
+    }
+    return {folder / f"device-{name}.schema.json": _schema(struct) for name, struct in structs.items()}
 
 
 def _schema(struct: type[msgspec.Struct]) -> bytes:

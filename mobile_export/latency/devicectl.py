@@ -111,11 +111,6 @@ class Client:
         """Is the app installed?"""
         return bool(self._ask("info", "apps", "--bundle-id", contract.APP).get("apps"))
 
-    def files(self, folder: str) -> dict[str, int]:
-        """Sizes by path below a folder of the container."""
-        result = self._ask("info", "files", *self._container, "--subdirectory", folder)
-        return {one["relativePath"]: int(_at(one, "metadata.size") or 0) for one in result.get("files", [])}
-
     def crash_logs(self) -> dict[str, str]:
         """Time of each of the system's crash reports, ISO 8601, by name."""
         domain = ("--domain-type", "systemCrashLogs", "--username", "mobile")
@@ -136,11 +131,14 @@ class Client:
         self._ask("copy", "from", *self._container, *ways, seconds=COPY_SECONDS)
 
     def launch(self, *arguments: str, seconds: float) -> tuple[list[str], bool]:
-        """What a fresh process of the app prints to its end, and whether that did not come in time."""
+        """A fresh process of the app to its end: what is printed meanwhile, and whether it took too long.
+
+        devicectl passes on what the app prints to a terminal alone: nothing here stands on it.
+        """
         options = ("--console", "--terminate-existing")
-        command = ("device", "process", "launch", "--device", self.udid, *options, contract.APP, *arguments)
+        command = ("device", "process", "launch", "--device", self.udid, *options, contract.APP, "--")
         done = subprocess.Popen(
-            ["xcrun", "devicectl", *command],
+            ["xcrun", "devicectl", *command, *arguments],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

@@ -32,7 +32,7 @@ def write(folder: Path, target: str = "executorch", seed: int = 0) -> Bundle:
         io=manifest.Contract(
             methods=[manifest.Method(name="forward", inputs=[tensor], outputs=[tensor])],
             constant_methods={},
-            context=256,
+            context=2048,
             vocab=512,
             kv_cache="fp32",
             eos_ids=[2],

@@ -30,6 +30,10 @@ sys.exit(code)
 """
 
 
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
 class Failed(Exception):
     """devicectl's error: descriptions from the outermost to the innermost."""
 
@@ -105,15 +109,16 @@ class FakePhone:
     def launch(self, arguments: list[str], say) -> int:
         """The app's process, from start to end."""
         assert self.app is not None
-        if arguments == ["--mobile-export-prepare"]:
-            keep = (f"{ROOT}/blobs/", f"{ROOT}/bundles/")
+        if arguments[0] == "--mobile-export-prepare":
+            blobs, bundles = f"{ROOT}/blobs/", f"{ROOT}/bundles/"
+            names = {path: path.removeprefix(blobs) for path in self.files if path.startswith(blobs)}
+            whole = {path for path, name in names.items() if sha256(self.files[path]) == name}
             self.files = {
-                path: data
-                for path, data in self.files.items()
-                if path.startswith(keep)
-                and (keep[1] in path or hashlib.sha256(data).hexdigest() == path.removeprefix(keep[0]))
+                path: data for path, data in self.files.items() if path in whole or path.startswith(bundles)
             }
-            say("mobile-export: ready")
+            has = {names[path]: len(self.files[path]) for path in whole}
+            inventory = contract.Inventory(run=arguments[1], blobs=has)
+            self.files[f"{ROOT}/inventory.json"] = contract.encode(inventory)
             return 0
         assert arguments[0] == "--mobile-export-request", arguments
         data = self.files[arguments[1]]
@@ -125,10 +130,7 @@ class FakePhone:
             self.crash_logs[self.crash_log] = "2999-01-01T00:00:00Z"
             say("App terminated due to signal 9.")
             return 1
-        written = self.files[report]
-        say("an unrelated line of the app's")
-        say(f"mobile-export: bytes={len(written)}")
-        say(f"mobile-export: sha256={hashlib.sha256(written).hexdigest()}")
+        self.files[report.replace(".report.json", ".sha256")] = sha256(self.files[report]).encode()
         return 0
 
     def _assemble(self, request: dict) -> None:
@@ -174,7 +176,10 @@ class _Call(socketserver.StreamRequestHandler):
         options, result, error, code = None, None, None, 0
         try:
             assert words[0] == "devicectl", words
-            options = _parser().parse_args(words[1:])
+            # What follows `--` is the app's; devicectl would take options before it for its own.
+            at = words.index("--") if "--" in words else len(words)
+            options = _parser().parse_args(words[1:at])
+            options.arguments = words[at + 1 :]
             if self.server.broken:
                 raise Failed(self.server.broken)
             result = self._do(options, lines.append)
@@ -215,21 +220,9 @@ class _Call(socketserver.StreamRequestHandler):
         return {"apps": [{"bundleIdentifier": contract.APP, "name": "Sample"}] if found else []}
 
     def _files(self, phone: FakePhone, options: argparse.Namespace) -> dict:
-        if options.domain_type == "systemCrashLogs":
-            rows = [(name, 1, when) for name, when in phone.crash_logs.items()]
-        else:
-            assert options.domain_identifier == contract.APP
-            inside = options.subdirectory + "/"
-            rows = [
-                (path.removeprefix(inside), len(data), "2026-11-25T10:00:00Z")
-                for path, data in phone.files.items()
-                if path.startswith(inside)
-            ]
-        files = [
-            {"name": name, "relativePath": name, "metadata": {"size": size, "lastModDate": when}}
-            for name, size, when in rows
-        ]
-        return {"files": files}
+        assert options.domain_type == "systemCrashLogs"
+        rows = phone.crash_logs.items()
+        return {"files": [{"relativePath": name, "metadata": {"lastModDate": when}} for name, when in rows]}
 
     def _to(self, phone: FakePhone, options: argparse.Namespace) -> dict:
         data = Path(options.source).read_bytes()
@@ -245,7 +238,8 @@ class _Call(socketserver.StreamRequestHandler):
     def _from(self, phone: FakePhone, options: argparse.Namespace) -> dict:
         if options.source not in phone.files:
             raise Failed("The file could not be copied.", "No such file or directory")
-        Path(options.destination).write_bytes(phone.files[options.source][: phone.short_copy])
+        short = phone.short_copy if options.source.endswith("report.json") else None
+        Path(options.destination).write_bytes(phone.files[options.source][:short])
         return {}
 
 
@@ -267,7 +261,6 @@ def _parser() -> argparse.ArgumentParser:
     info = groups.add_parser("info").add_subparsers(dest="action", required=True)
     info.add_parser("apps", parents=[device]).add_argument("--bundle-id")
     files = info.add_parser("files", parents=[device, domain])
-    files.add_argument("--subdirectory")
     files.add_argument("--username")
     copy = groups.add_parser("copy").add_subparsers(dest="action", required=True)
     for way in ("to", "from"):
@@ -279,5 +272,4 @@ def _parser() -> argparse.ArgumentParser:
     launch.add_argument("--console", action="store_true")
     launch.add_argument("--terminate-existing", action="store_true")
     launch.add_argument("bundle", choices=[contract.APP])
-    launch.add_argument("arguments", nargs=argparse.REMAINDER)
     return top

@@ -1,6 +1,7 @@
 """Measuring on Android through the real adb client; the server behind it, and its phones, are fake."""
 
 import json
+import re
 import shutil
 import threading
 
@@ -12,7 +13,7 @@ from fake_app import FakeApp
 from fake_device import NEVER, PROPERTIES, FakeDevice
 
 from mobile_export.errors import ExportError
-from mobile_export.latency import contract, devices, dumpsys, protocol
+from mobile_export.latency import contract, devices, dumpsys, protocol, reports
 from mobile_export.latency.devices import Entry, Options, adb
 from mobile_export.latency.protocol import Regime
 
@@ -89,6 +90,26 @@ def test_a_good_run(serve, bundle):
     assert len(samples.first_tokens) == 6 and samples.first_tokens[0].tokens == 20
     assert samples.checks[0].matched == 64 and samples.checks[0].expected == 62
     assert samples.machine.versions == {"app": "0", "none": "0", "none: flavour": "fake"}
+
+
+def test_the_command_writes_a_report_in_which_nothing_is_a_speed(serve, bundle, cli, tmp_path):
+    serve(FakeDevice())
+    names = [tmp_path / name for name in ("report.json", "llama.json")]
+    options = ["--device", "adb", "--rounds", "2", "--threads", "1", "--long", "0"]
+    done = cli("bench", bundle.folder, *options, "--json", names[0], "--llama-bench", names[1])
+    report = reports.load(names[0])
+    assert report.device.name == "adb:FAKE0001" and report.device.not_speed == "a fake device of a test"
+    assert len(report.turns) == 2 * len(report.protocol.regimes)
+    assert "a fake device of a test" in done.stdout and "tokens a second" not in done.stdout
+    assert done.returncode == 2 and not names[1].exists()
+    assert "nothing in this report is a speed: a fake device of a test" in done.stderr
+
+
+def test_the_command_lists_devices(serve, cli):
+    serve(FakeDevice(), FakeDevice("FAKE0002", state="unauthorized"))
+    said = cli("devices").stdout
+    assert re.search(r"adb:FAKE0001 +ready +Fake", said) and re.search(r"adb:FAKE0002 +not ready", said)
+    assert "adb:FAKE0002: unauthorized: unlock it and confirm this computer" in said
 
 
 def test_what_the_host_reads_of_the_phone(serve, bundle):
@@ -329,7 +350,7 @@ def test_an_app_that_does_not_measure(serve, bundle, app, message):
 @pytest.mark.parametrize(
     ("do", "change", "message"),
     [
-        ("check", lambda r: r.update(schema_version=2), "in version 2 of the contract, not 1"),
+        ("check", lambda r: r.update(schema_version=2), "the app speaks version 2 of the contract, not 1"),
         ("check", lambda r: r.update(status="running"), "ended as 'running'; see docs/device-contract.md"),
         ("check", lambda r: r.update(run="f" * 16), "is of another request; see docs/device-contract.md"),
         ("load", lambda r: r.update(manifest="f" * 64), "is of another request"),

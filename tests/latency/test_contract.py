@@ -31,6 +31,7 @@ REPORT = DeviceReport(
     turns=(Turn(round=0, regime=0, prefill_ns=5, decode_ns=(1, 2), tokens=(3, 4, 5)),),
     states=(contract.State(round=0, when="before", thermal="none"),),
 )
+INVENTORY = contract.Inventory(run=REQUEST.run, blobs={"0" * 64: 5})
 
 
 def validator(name):
@@ -43,23 +44,31 @@ def test_the_committed_schemas_are_the_structs_own():
         assert path.read_bytes() == text, "run python -m mobile_export.latency.contract"
 
 
-@pytest.mark.parametrize(("name", "message"), [("device-request", REQUEST), ("device-report", REPORT)])
-def test_what_is_written_fits_its_schema(name, message):
+@pytest.mark.parametrize(
+    ("name", "message", "changes"),
+    [
+        ("device-request", REQUEST, ({"threads": 0}, {"do": "sing"}, {"run": "x"})),
+        ("device-report", REPORT, ({"threads": 0}, {"status": "fine"}, {"manifest": "x"})),
+        ("device-inventory", INVENTORY, ({"blobs": {"x": 1}}, {"blobs": {"0" * 64: -1}})),
+    ],
+)
+def test_what_is_written_fits_its_schema(name, message, changes):
     parsed = json.loads(contract.encode(message))
     validator(name).validate(parsed)
-    for change in ({"schema_version": 2}, {"threads": 0}, {"do": "sing"}, {"extra": 1}):
+    for change in ({"schema_version": 2}, {"extra": 1}, *changes):
         with pytest.raises(jsonschema.ValidationError):
             validator(name).validate({**parsed, **change})
 
 
 def test_a_report_survives_json():
     assert contract.decode(contract.encode(REPORT)) == REPORT
+    assert contract.decode_inventory(contract.encode(INVENTORY)) == INVENTORY
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"schema_version": 2}, "in version 2 of the contract, not 1; install the app that belongs"),
+        ({"schema_version": 2}, "the app speaks version 2 of the contract, not 1; install the app that b"),
         ({"format": "other"}, "does not keep to the contract: .* `\\$.format`; see docs/device-contract.md"),
         ({"status": "fine"}, "does not keep to the contract: .* `\\$.status`"),
         ({"turns": [{"round": 0}]}, "does not keep to the contract: .*regime.* `\\$.turns\\[0\\]`"),

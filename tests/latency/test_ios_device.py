@@ -113,7 +113,7 @@ def test_devices_are_found_whatever_their_state(serve):
         ),
         ({"full": True}, "cannot copy to: The file could not be copied. No space left on device; free some"),
         ({"cut_copy": True}, "cannot copy to: .* The connection was invalidated.; plug it in, unlock it"),
-        ({"short_copy": 50}, r"the report came back as 50 of \d+ bytes; check the cable"),
+        ({"short_copy": 50}, "the report came back with another sha256, 50 bytes; check the cable"),
     ],
 )
 def test_a_device_that_cannot_measure(serve, bundle, version, phone, message):
@@ -146,7 +146,7 @@ def test_no_device_and_no_xcrun(serve, bundle, monkeypatch, tmp_path):
     with pytest.raises(ExportError, match="devicectl has no device; plug in an iPhone that trusts this Mac"):
         measure(bundle)
     (tmp_path / "xcrun").unlink()
-    with pytest.raises(ExportError, match="xcrun is not installed; measure iPhones from a Mac with Xcode 15"):
+    with pytest.raises(ExportError, match="xcrun is not installed; measure iPhones from a Mac with Xcode 16"):
         measure(bundle)
     assert ios.found() == []
 
@@ -194,15 +194,23 @@ def test_an_app_that_crashes(serve, bundle, do, log, message):
     [
         (
             "--mobile-export-prepare",
-            "does not answer '--mobile-export-prepare': it said nothing; install the",
+            "U1: the app does not answer '--mobile-export-prepare'; install the",
         ),
         ("--mobile-export-request", "'check' took longer than 1 s; restart the phone"),
     ],
 )
 def test_a_run_that_does_not_end(serve, bundle, monkeypatch, hangs, message):
-    serve(FakePhone(hangs=hangs))
+    serve(FakePhone("U1", hangs=hangs))
     monkeypatch.setattr(ios, "LAUNCH_SECONDS", 1.0)
     with pytest.raises(ExportError, match=message):
+        measure(bundle)
+
+
+def test_a_phone_that_is_unplugged_in_mid_run(serve, bundle, monkeypatch):
+    phone = FakePhone("U1")
+    server = serve(phone)
+    monkeypatch.setattr(phone.app, "run", lambda *ways: server.phones.clear())
+    with pytest.raises(ExportError, match="cannot info apps: The specified device was not found. .Name: U1"):
         measure(bundle)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import secrets
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -42,19 +43,37 @@ class IosLink:
         from mobile_export.bundle import MANIFEST
 
         manifest = sha256_file(bundle.folder / MANIFEST)
-        said, _ = self._client.launch("--mobile-export-prepare", seconds=LAUNCH_SECONDS)
-        if "mobile-export: ready" not in said:
-            raise _not_launched(said) or ExportError(
-                f"the app does not answer '--mobile-export-prepare': {devicectl.last_line(said)}",
-                "install the app that belongs to this version of mobile-export",
-            )
+        there = self._inventory()
         files = {file.sha256: bundle.folder / name for name, file in bundle.manifest.files.items()}
         files[manifest] = bundle.folder / MANIFEST
-        there = self._client.files(f"{ROOT}/blobs")
         for sha256, path in files.items():
-            if there.get(sha256) != path.stat().st_size:
+            if sha256 not in there:
                 self._client.push(path, f"{ROOT}/blobs/{sha256}")
         return f"{ROOT}/bundles/{manifest[:16]}"
+
+    def _inventory(self) -> dict[str, int]:
+        """What the app has. It also makes its folders, and removes what earlier runs left."""
+        run = secrets.token_hex(8)
+        said, _ = self._client.launch("--mobile-export-prepare", run, seconds=LAUNCH_SECONDS)
+        data = self._pull(f"{ROOT}/inventory.json")
+        found = contract.decode_inventory(data) if data is not None else None
+        if found is None or found.run != run:
+            raise _not_launched(said) or ExportError(
+                f"device {self._client.udid}: the app does not answer '--mobile-export-prepare'",
+                "install the app that belongs to this version of mobile-export",
+            )
+        return found.blobs
+
+    def _pull(self, there: str) -> bytes | None:
+        """A file's bytes; None: it is not there. ExportError: the phone is gone."""
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "file"
+            try:
+                self._client.pull(there, path)
+            except ExportError:
+                self._client.has_app()
+                return None
+            return path.read_bytes()
 
     def look(self) -> Look:
         """devicectl tells nothing of heat or battery; the app does."""
@@ -65,39 +84,35 @@ class IosLink:
         run = f"{ROOT}/runs/{request.run}"
         began = datetime.now(UTC) - _CLOCKS_DIFFER
         with tempfile.TemporaryDirectory() as folder:
-            here = Path(folder)
-            (here / "request.json").write_bytes(contract.encode(request))
-            self._client.push(here / "request.json", f"{run}.request.json")
-            arguments = ("--mobile-export-request", f"{run}.request.json")
-            said, late = self._client.launch(*arguments, seconds=LAUNCH_SECONDS)
-            if late:
-                raise ExportError(
-                    f"device {self._client.udid}: '{request.do}' took longer than {LAUNCH_SECONDS:.0f} s",
-                    "restart the phone, and measure less",
-                )
-            results = dict(line.partition("=")[::2] for line in _ours(said))
-            if "sha256" not in results:
-                raise self._ended(request, f"{run}.report.json", here, began, said)
-            self._client.pull(f"{run}.report.json", here / "report.json")
-            data = (here / "report.json").read_bytes()
-        if hashlib.sha256(data).hexdigest() != results["sha256"]:
-            size = results.get("bytes", "?")
+            path = Path(folder) / "request.json"
+            path.write_bytes(contract.encode(request))
+            self._client.push(path, f"{run}.request.json")
+        arguments = ("--mobile-export-request", f"{run}.request.json")
+        said, late = self._client.launch(*arguments, seconds=LAUNCH_SECONDS)
+        if late:
             raise ExportError(
-                f"device {self._client.udid}: the report came back as {len(data)} of {size} bytes",
+                f"device {self._client.udid}: '{request.do}' took longer than {LAUNCH_SECONDS:.0f} s",
+                "restart the phone, and measure less",
+            )
+        digest, data = self._pull(f"{run}.sha256"), self._pull(f"{run}.report.json")
+        if digest is None or data is None:
+            raise self._ended(request, data, began, said)
+        if hashlib.sha256(data).hexdigest() != digest.decode(errors="replace").strip():
+            raise ExportError(
+                f"device {self._client.udid}: the report came back with another sha256, {len(data)} bytes",
                 "check the cable and run it again",
             )
         return Answer(contract.decode(data))
 
     def _ended(
-        self, request: Request, report: str, here: Path, began: datetime, said: list[str]
+        self, request: Request, partial: bytes | None, began: datetime, said: list[str]
     ) -> ExportError:
         """The app's process ended by itself, or never began: why, and how far it had come."""
         if error := _not_launched(said):
             return error
         where = f"'{request.do}'"
         with suppress(ExportError):
-            self._client.pull(report, here / "partial.json")
-            where += reached(request, contract.decode((here / "partial.json").read_bytes()))
+            where += reached(request, contract.decode(partial or b""))
         logs = self._crash_logs(began)
         if any("JetsamEvent" in name for name in logs):
             return ExportError(
@@ -128,17 +143,11 @@ def _not_launched(said: list[str]) -> ExportError | None:
     return ExportError(f"devicectl cannot launch the app: {what}", devicectl.hint(" ".join(said)))
 
 
-def _ours(said: list[str]) -> Iterator[str]:
-    """`mobile-export: sha256=12` -> `sha256=12`."""
-    start = "mobile-export: "
-    yield from (line.removeprefix(start) for line in said if line.startswith(start))
-
-
 @contextmanager
 def open(spec: Spec, options: Options) -> Iterator[Phone]:  # noqa: A001
     """The device of that UDID, or the only one there. ExportError: not ready, or without the app."""
     if not devicectl.installed():
-        raise ExportError("xcrun is not installed", "measure iPhones from a Mac with Xcode 15 or later")
+        raise ExportError("xcrun is not installed", "measure iPhones from a Mac with Xcode 16 or later")
     chosen = _choose(devicectl.listed(), spec.address)
     client = Client(chosen.udid)
     if not client.has_app():
