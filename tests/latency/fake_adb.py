@@ -89,6 +89,7 @@ class FakeAdbServer(socketserver.ThreadingTCPServer):
 
 class _Connection(socketserver.StreamRequestHandler):
     server: FakeAdbServer
+    disable_nagle_algorithm = True
 
     def handle(self) -> None:
         device = None

@@ -10,6 +10,7 @@ import json
 import socketserver
 import sys
 import threading
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -195,7 +196,9 @@ class _Call(socketserver.StreamRequestHandler):
             info = {"outcome": "failed" if error else "success", "jsonVersion": self.server.version}
             answer = {"info": info, **({"error": error} if error else {"result": result})}
             Path(options.json_output).write_text(json.dumps(answer))
-        self.wfile.write(f"{code}\n".encode() + "".join(line + "\n" for line in lines).encode())
+        # A caller that has waited long enough is gone.
+        with suppress(BrokenPipeError):
+            self.wfile.write(f"{code}\n".encode() + "".join(line + "\n" for line in lines).encode())
 
     def _do(self, options: argparse.Namespace, say) -> dict | int:
         if options.what == "list":

@@ -1,6 +1,5 @@
 """Measuring on Android through the real adb client; the server behind it, and its phones, are fake."""
 
-import json
 import re
 import shutil
 import threading
@@ -125,17 +124,6 @@ def test_what_the_host_reads_of_the_phone(serve, bundle):
     assert not any(state.celsius for state in others)
     assert first.battery == protocol.Battery(percent=80, charging=True, celsius=30.5)
     assert first.governor == "schedutil" and len(first.mhz) == 8
-
-
-def test_several_bundles_are_measured_round_by_round(serve, bundle, tmp_path):
-    phone = FakeDevice()
-    serve(phone)
-    other = fake_bundle.write(tmp_path / "other", seed=1)
-    samples, _ = measure([bundle, other], SHORT)
-    turns = [(turn.round, turn.contender) for turn in samples.turns if turn.prompt]
-    assert turns == [(number, f"bundle {index}") for number in (0, 1) for index in (0, 1)]
-    rounds = [state.round for state in samples.states if state.when == "before"]
-    assert rounds == [0, 0, 1, 1]
 
 
 def test_a_second_run_pushes_nothing_but_requests_and_leaves_none(serve, bundle):
@@ -329,66 +317,6 @@ def test_throttling_is_reported(serve, bundle, capsys):
     assert "throttled: severe" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("app", "message"),
-    [
-        (
-            {"failure": ("device-locked", "it is\nlocked")},
-            r"could not do 'check': it is locked \(device-locked\); unlock",
-        ),
-        ({"failure": ("load-failed", "x")}, r"x \(load-failed\); check the bundle with `mobile-export lint`"),
-        ({"changes_its_mind": True}, "'bundle 0' said something else in round 2 than in the first"),
-        ({"wrong": True}, "does not say there what its bundle's selftest says: 0 of 62 tokens"),
-    ],
-)
-def test_an_app_that_does_not_measure(serve, bundle, app, message):
-    serve(FakeDevice(app=FakeApp(**app)))
-    with pytest.raises(ExportError, match=message):
-        measure([bundle])
-
-
-@pytest.mark.parametrize(
-    ("do", "change", "message"),
-    [
-        ("check", lambda r: r.update(schema_version=2), "the app speaks version 2 of the contract, not 1"),
-        ("check", lambda r: r.update(status="running"), "ended as 'running'; see docs/device-contract.md"),
-        ("check", lambda r: r.update(run="f" * 16), "is of another request; see docs/device-contract.md"),
-        ("load", lambda r: r.update(manifest="f" * 64), "is of another request"),
-        ("check", lambda r: r.update(checks=[]), "the report of 'check' lacks its samples"),
-        ("load", lambda r: r.update(loads=[]), "the report of 'load' lacks its samples"),
-        ("memory", lambda r: r.update(memory=None), "the report of 'memory' lacks its samples"),
-        ("turns", lambda r: r["turns"].pop(), "the report of 'turns' lacks turns"),
-        ("turns", lambda r: r["states"].pop(0), "the report of 'turns' lacks states"),
-        ("turns", lambda r: r["turns"][0]["decode_ns"].pop(), "the report of 'turns' lacks decoded tokens"),
-        ("turns", lambda r: r["turns"][0]["tokens"].pop(), "the report of 'turns' lacks a prompt's answer"),
-        ("turns", lambda r: r["turns"][0].update(prefill_ns=0), "'turns' lacks a prompt's answer"),
-        ("first-token", lambda r: r["first_tokens"].pop(), "the report of 'first-token' lacks rounds"),
-        (
-            "long-run",
-            lambda r: r["turns"][0].update(regime=1),
-            "the report of 'long-run' lacks decoded tokens",
-        ),
-    ],
-)
-def test_a_report_that_is_not_what_was_asked_for(serve, bundle, monkeypatch, do, change, message):
-    phone = FakeDevice()
-    run = phone.app.run
-
-    def altered(data, read, write):
-        def keep(report):
-            parsed = json.loads(report)
-            if (parsed["do"], parsed["status"]) == (do, "done"):
-                change(parsed)
-            write(json.dumps(parsed).encode())
-
-        run(data, read, keep)
-
-    monkeypatch.setattr(phone.app, "run", altered)
-    serve(phone)
-    with pytest.raises(ExportError, match=message):
-        measure([bundle], msgspec.structs.replace(SHORT, long_seconds=1))
-
-
 def test_a_core_ml_bundle_is_for_another_phone(serve, tmp_path):
     serve(FakeDevice())
     with pytest.raises(
@@ -398,20 +326,19 @@ def test_a_core_ml_bundle_is_for_another_phone(serve, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("properties", "kind", "reason"),
+    ("properties", "reason"),
     [
-        ({"ro.boot.qemu": "1"}, "physical", "an emulator, no phone"),
-        ({"ro.hardware": "ranchu"}, "physical", "an emulator, no phone"),
-        ({}, "emulator", "an emulator, no phone"),
-        ({}, "fake", "a fake device of a test"),
-        ({}, "physical", ""),
+        ({}, ""),
+        ({"ro.boot.qemu": "1"}, "an emulator, no phone"),
+        ({"ro.kernel.qemu": "1"}, "an emulator, no phone"),
+        ({"ro.hardware": "ranchu"}, "an emulator, no phone"),
+        ({"ro.product.name": "mobile_export_fake"}, "a fake device of a test"),
     ],
 )
-def test_only_what_everybody_calls_a_phone_has_speeds(serve, bundle, properties, kind, reason):
-    real = {**PROPERTIES, "ro.product.name": "husky", **properties}
-    serve(FakeDevice(properties=real, app=FakeApp(kind=kind)))
-    _, info = measure([bundle])
-    assert info.not_speed == reason
+def test_what_is_no_phone_is_known_before_the_app_says_so(serve, properties, reason):
+    serve(FakeDevice(properties={**PROPERTIES, "ro.product.name": "husky", **properties}))
+    with devices.open_device(devices.parse("adb"), Options()) as there:
+        assert there.info.not_speed == reason
 
 
 def test_what_dumpsys_does_not_say_is_unknown():

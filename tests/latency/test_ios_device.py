@@ -99,7 +99,6 @@ def test_devices_are_found_whatever_their_state(serve):
     assert third.hint == "unavailable: plug it in and unlock it"
 
 
-@pytest.mark.parametrize("version", [2, 5])
 @pytest.mark.parametrize(
     ("phone", "message"),
     [
@@ -116,8 +115,8 @@ def test_devices_are_found_whatever_their_state(serve):
         ({"short_copy": 50}, "the report came back with another sha256, 50 bytes; check the cable"),
     ],
 )
-def test_a_device_that_cannot_measure(serve, bundle, version, phone, message):
-    serve(FakePhone("U1", **phone), version=version)
+def test_a_device_that_cannot_measure(serve, bundle, phone, message):
+    serve(FakePhone("U1", **phone))
     with pytest.raises(ExportError, match=message):
         measure(bundle)
 
@@ -214,22 +213,15 @@ def test_a_phone_that_is_unplugged_in_mid_run(serve, bundle, monkeypatch):
         measure(bundle)
 
 
-def test_throttling_is_reported(serve, bundle, capsys):
-    serve(FakePhone(app=FakeApp(measure="phys_footprint", thermal=("nominal", "serious"))))
-    samples, _ = measure(bundle)
-    assert [state.thermal for state in samples.states] == ["nominal", "nominal", "serious", "serious"]
-    assert "throttled: serious" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(
-    ("model", "reality", "kind", "reason"),
+    ("model", "reality", "reason"),
     [
-        ("Mobile Export Fake", "physical", "physical", "a fake device of a test"),
-        ("iPhone 18", "virtual", "physical", "a simulator, no phone"),
-        ("iPhone 18", "physical", "simulator", "a simulator, no phone"),
-        ("iPhone 18", "physical", "physical", ""),
+        ("Mobile Export Fake", "physical", "a fake device of a test"),
+        ("iPhone 18", "virtual", "a simulator, no phone"),
+        ("iPhone 18", "physical", ""),
     ],
 )
-def test_only_what_everybody_calls_a_phone_has_speeds(serve, bundle, model, reality, kind, reason):
-    serve(FakePhone(model=model, reality=reality, app=FakeApp(measure="phys_footprint", kind=kind)))
-    assert measure(bundle)[1].not_speed == reason
+def test_what_is_no_phone_is_known_before_the_app_says_so(serve, model, reality, reason):
+    serve(FakePhone(model=model, reality=reality))
+    with devices.open_device(devices.parse("ios"), Options()) as there:
+        assert there.info.not_speed == reason
