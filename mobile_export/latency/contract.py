@@ -125,7 +125,7 @@ class Load(_Table, frozen=True, kw_only=True):
     """The artefact opened, and its first answer to one token."""
 
     kind: Literal["cold", "warm"]
-    """Cold: the app told the system to drop the artefact's pages before it."""
+    """Cold: the app told the system to drop the artefact's pages before it. Not all systems can (iOS)."""
     prepare_ns: Count = 0
     """Compiling for the device, where the runtime does that once and keeps the result (Core ML)."""
     open_ns: Positive
@@ -135,7 +135,7 @@ class Load(_Table, frozen=True, kw_only=True):
 
 
 class Turn(_Table, frozen=True):
-    """One regime, run once. Nanoseconds of a monotonic clock that sleep does not stop."""
+    """One regime, run once. Nanoseconds of a monotonic clock."""
 
     round: Count
     regime: Count
