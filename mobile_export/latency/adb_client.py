@@ -6,6 +6,7 @@ ANDROID_ADB_SERVER_PORT). Device listings: SERVICES.TXT of adb.
 
 from __future__ import annotations
 
+import re
 import shlex
 import shutil
 import subprocess
@@ -24,6 +25,10 @@ _STATES = {
     "authorizing": "unlock it and confirm this computer in the dialog on its screen",
     "no permissions": "give your user access to its USB device (udev rules), then run `adb kill-server`",
 }
+_LINE = re.compile(
+    r"(.+?)\s+(device|offline|unauthorized|authorizing|no permissions|connecting|recovery|sideload|bootloader"
+    r"|rescue|host|unknown)\b(.*)"
+)
 _OTHER_STATE = "start Android on it and switch on USB debugging"
 
 
@@ -57,9 +62,9 @@ def listed(adb: str, seconds: float = QUERY_SECONDS) -> list[Listed]:
 
 
 def _listed(line: str) -> Listed:
-    serial, _, rest = line.partition(" ") if " " in line else line.partition("\t")
-    rest = rest.strip()
-    state = "no permissions" if rest.startswith("no permissions") else rest.partition(" ")[0]
+    """A serial may hold spaces (wireless debugging), and so does one state."""
+    found = _LINE.match(line)
+    serial, state, rest = found.groups() if found else (*line.split(None, 1), "")
     words = dict(word.split(":", 1) for word in rest.split() if ":" in word)
     return Listed(serial, state, words.get("model", "").replace("_", " "))
 

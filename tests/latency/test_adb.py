@@ -152,11 +152,15 @@ def test_a_file_that_differs_there_is_pushed_again(serve, bundle):
 
 
 def test_devices_are_found_whatever_their_state(serve):
-    serve(FakeDevice(), FakeDevice("FAKE0002", state="unauthorized"), FakeDevice("FAKE0003", state="offline"))
-    first, second, third = adb.found()
-    assert (first.name, first.what, first.ready, first.hint) == ("adb:FAKE0001", "Fake", True, "")
-    assert not second.ready and second.hint.startswith("unauthorized: unlock it and confirm")
-    assert not third.ready and third.hint.startswith("offline: plug it in again")
+    states = ["unauthorized", "offline", "no permissions (missing udev rules?); see [nowhere]", "sideload"]
+    wireless = "adb-FAKE (2)._adb-tls-connect._tcp"
+    serve(FakeDevice(wireless), *(FakeDevice(f"FAKE000{at}", state=state) for at, state in enumerate(states)))
+    ready, *others = adb.found()
+    assert (ready.name, ready.what, ready.ready, ready.hint) == (f"adb:{wireless}", "Fake", True, "")
+    assert [one.name for one in others] == [f"adb:FAKE000{at}" for at in range(4)]
+    assert not any(one.ready for one in others)
+    starts = ["unauthorized: unlock it and", "offline: plug it", "no permissions: give", "sideload: start A"]
+    assert all(one.hint.startswith(start) for one, start in zip(others, starts, strict=True))
 
 
 def test_one_of_two_devices_by_its_serial(serve, bundle):
