@@ -23,9 +23,10 @@ CONTEXT = 64
 
 
 def pytest_sessionstart(session):
-    """Unit tests never touch the user's cache."""
+    """Unit tests never touch the user's cache or phone, and start no adb server that would stay."""
     session.config.cache_of_tests = tempfile.mkdtemp(prefix="mobile-export-tests-")
     os.environ[CACHE] = session.config.cache_of_tests
+    os.environ["ADB_SERVER_SOCKET"] = "none:"
 
 
 def pytest_sessionfinish(session):

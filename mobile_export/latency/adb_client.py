@@ -172,7 +172,8 @@ def _run(command: Sequence[str], seconds: float) -> subprocess.CompletedProcess[
 
 
 def _last(done: subprocess.CompletedProcess[str]) -> str:
-    """One line of what adb said."""
+    """One line of what adb said: its error, else the first one."""
     lines = [line for line in (done.stderr or done.stdout).splitlines() if line.strip()]
-    errors = [line for line in lines if "error:" in line]
-    return (errors or lines or [f"exit code {done.returncode}"])[0].strip()
+    errors = [line for line in lines if line.startswith(("adb: ", "error: "))]
+    line = (errors or lines or [f"exit code {done.returncode}"])[0].strip()
+    return line.removeprefix("adb: ").removeprefix("error: ")

@@ -216,6 +216,15 @@ def test_a_server_that_is_no_adb(serve, bundle, monkeypatch):
         measure([bundle])
 
 
+def test_a_server_that_cannot_be_reached(bundle):
+    """The session's own setting: see tests/conftest.py."""
+    if not ADB:
+        pytest.skip(NO_ADB)
+    with pytest.raises(ExportError, match="adb fails: failed to check server version: .*; run `adb k"):
+        measure([bundle])
+    assert adb.found() == []
+
+
 def test_a_push_that_is_cut_off(serve, bundle):
     phone = FakeDevice(cut_push_after=100_000)
     serve(phone)
