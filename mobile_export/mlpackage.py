@@ -123,6 +123,10 @@ class Package:
             return None
         return Blob(value.blobFileValue.fileName.removeprefix(_ROOT), value.blobFileValue.offset)
 
+    def stored_bytes(self, value: Any) -> int:
+        """Bytes of a value in blob storage."""
+        return len(self._stored(value))
+
     def value(self, value: Any) -> np.ndarray | str | list[str]:
         """A Value message as an array of its declared shape (rank 0 too), or as text.
 

@@ -42,8 +42,15 @@ def render(report: Report) -> None:
             f"\ntokens a second: median of {protocol.rounds} interleaved rounds, ± half of highest less "
             "lowest; ratios: median over rounds of ours / the peer's faster one, same round"
         )
-    for line in (*_not_speeds(report), *_bandwidth(report), *_warnings(report)):
+    for line in notes(report):
         console.say(line)
+
+
+def notes(report: Report) -> Iterator[str]:
+    """What the reader must know beside the tables, a line each."""
+    yield from _not_speeds(report)
+    yield from _bandwidth(report)
+    yield from _warnings(report)
 
 
 def ratio(report: Report, ours: str, threads: int, what: Speed, prompt: int) -> float | None:

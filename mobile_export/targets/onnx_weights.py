@@ -19,6 +19,7 @@ from mobile_export.targets.onnx_file import ModelFile, data_file
 
 if TYPE_CHECKING:
     import numpy as np
+    from onnx import ModelProto
 
 Piece = tuple[int, int, int]
 """Where a codes tensor is: offset in the data file, rows, columns."""
@@ -98,16 +99,26 @@ def slices(file: ModelFile, whole: Packed, most_bytes: int) -> list[Packed]:
     return parts
 
 
+def pieces_of(model: ModelProto) -> dict[str, Piece]:
+    """Where each codes tensor is, by its name in the program. ExportError: the model does not say."""
+    for entry in model.metadata_props:
+        if entry.key == METADATA:
+            return {
+                name: (at, rows, columns) for name, (at, rows, columns) in json.loads(entry.value).items()
+            }
+    raise ExportError("the .onnx does not say where its codes are", "export it again")
+
+
 def codes_of(model: Path) -> dict[str, np.ndarray]:
     """The shared int8 codes [rows, columns] in a `.onnx` and its data file, by their names in the program."""
     import numpy as np
     import onnx
 
     proto = onnx.load(model, load_external_data=False)
-    pieces = next(entry.value for entry in proto.metadata_props if entry.key == METADATA)
+    pieces = pieces_of(proto)
     with data_file(model).open("rb") as file:
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     return {
         name: (np.frombuffer(data, np.uint8, rows * columns, at) ^ ZERO).view(np.int8).reshape(rows, columns)
-        for name, (at, rows, columns) in json.loads(pieces).items()
+        for name, (at, rows, columns) in pieces.items()
     }
