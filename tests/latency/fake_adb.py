@@ -140,7 +140,7 @@ class _Connection(socketserver.StreamRequestHandler):
             "host:version": lambda: f"{VERSION:04x}",
             "host:devices": lambda: server.listing(False),
             "host:devices-l": lambda: server.listing(True),
-            "host:host-features": lambda: "shell_v2,stat_v2,ls_v2",
+            "host:host-features": lambda: "shell_v2,stat_v2,ls_v2,sendrecv_v2",
         }
         if name in answers:
             return answers[name]()
@@ -190,6 +190,9 @@ class _Sync:
         if "stat_v2" in self.device.features:
             handlers[b"STA2"] = lambda path: self._stat(b"STA2", path)
             handlers[b"LST2"] = lambda path: self._stat(b"LST2", path)
+        if "sendrecv_v2" in self.device.features:
+            handlers[b"SND2"] = self._receive_file_v2
+            handlers[b"RCV2"] = self._send_file_v2
         if "ls_v2" in self.device.features:
             handlers[b"LIS2"] = lambda path: self._list(b"DNT2", path)
         while True:
@@ -200,7 +203,20 @@ class _Sync:
             if kind not in handlers:
                 self._fail(f"unknown command {kind!r}")
                 return
+            self.device.transfers.append(kind.decode())
             handlers[kind](path)
+
+    def _receive_file_v2(self, path: str) -> None:
+        """As the first version; mode and flags follow the path."""
+        _, _, flags = struct.unpack("<4sII", self.rfile.read(12))
+        assert flags == 0, "no feature offers compression"
+        self._receive_file(path + ",")
+
+    def _send_file_v2(self, path: str) -> None:
+        """As the first version; flags follow the path."""
+        _, flags = struct.unpack("<4sI", self.rfile.read(8))
+        assert flags == 0, "no feature offers compression"
+        self._send_file(path)
 
     def _fail(self, why: str) -> None:
         self.wfile.write(b"FAIL" + struct.pack("<I", len(why)) + why.encode())

@@ -15,7 +15,7 @@ from fake_app import Crash, FakeApp
 from mobile_export.latency import contract
 
 NEVER = 1 << 60
-FEATURES = ("shell_v2", "cmd", "stat_v2", "ls_v2")
+FEATURES = ("shell_v2", "cmd", "stat_v2", "ls_v2", "sendrecv_v2")
 MEDIA = f"/sdcard/Android/media/{contract.APP}"
 
 THERMAL = """IsStatusOverride: false
@@ -111,6 +111,8 @@ class FakeDevice:
     files: dict[str, bytes] = field(default_factory=dict)
     exits: list[str] = field(default_factory=list)
     commands: list[str] = field(default_factory=list)
+    transfers: list[str] = field(default_factory=list)
+    """Kinds of the file requests."""
 
     description = "usb:1-1 product:mobile_export_fake model:Fake device:fake"
 

@@ -9,7 +9,7 @@ import msgspec
 import pytest
 from fake_adb import FakeAdbServer
 from fake_app import FakeApp
-from fake_device import NEVER, PROPERTIES, FakeDevice
+from fake_device import FEATURES, NEVER, PROPERTIES, FakeDevice
 
 from mobile_export.errors import ExportError
 from mobile_export.latency import contract, devices, dumpsys, protocol, reports
@@ -89,6 +89,23 @@ def test_a_good_run(serve, bundle):
     assert len(samples.first_tokens) == 6 and samples.first_tokens[0].tokens == 20
     assert samples.checks[0].matched == 64 and samples.checks[0].expected == 62
     assert samples.machine.versions == {"app": "0", "none": "0", "none: flavour": "fake"}
+
+
+@pytest.mark.parametrize(
+    ("features", "kinds"),
+    [
+        (("shell_v2",), {"STAT", "SEND", "RECV"}),
+        (("shell_v2", "stat_v2"), {"STA2", "LST2", "SEND", "RECV"}),
+        (FEATURES, {"STA2", "LST2", "SEND", "RECV", "SND2", "RCV2"}),
+    ],
+)
+def test_devices_of_other_features(serve, bundle, features, kinds):
+    """What is negotiated decides; a client before adb 31 sends and receives in the first version."""
+    phone = FakeDevice(features=features)
+    serve(phone)
+    assert measure([bundle])[0].turns
+    assert set(phone.transfers) <= kinds and len(set(phone.transfers)) >= 3
+    assert all(phone.files[path] for path in phone.files)
 
 
 def test_the_command_writes_a_report_in_which_nothing_is_a_speed(serve, bundle, cli, tmp_path):
