@@ -49,6 +49,8 @@ def render(report: Report) -> None:
 def notes(report: Report) -> Iterator[str]:
     """What the reader must know beside the tables, a line each."""
     yield from _not_speeds(report)
+    if all(report.not_speed(one) for one in report.contenders):
+        return
     yield from _bandwidth(report)
     yield from _warnings(report)
 

@@ -111,12 +111,15 @@ def test_devices_of_other_features(serve, bundle, features, kinds):
 def test_the_command_writes_a_report_in_which_nothing_is_a_speed(serve, bundle, cli, tmp_path):
     serve(FakeDevice())
     names = [tmp_path / name for name in ("report.json", "llama.json")]
-    options = ["--device", "adb", "--rounds", "2", "--threads", "1", "--long", "0"]
+    options = ["--device", "adb", "--rounds", "2", "--threads", "1", "--long", "1"]
     done = cli("bench", bundle.folder, *options, "--json", names[0], "--llama-bench", names[1])
     report = reports.load(names[0])
     assert report.device.name == "adb:FAKE0001" and report.device.not_speed == "a fake device of a test"
     assert len(report.turns) == 2 * len(report.protocol.regimes)
-    assert "a fake device of a test" in done.stdout and "tokens a second" not in done.stdout
+    assert len(report.long_runs) == 1
+    device, checked = done.stdout.splitlines()
+    assert device.startswith("adb:FAKE0001: none, 8 cores, Nobody Fake, Android 16")
+    assert checked.startswith("executorch on adb:FAKE0001: not a speed (a fake device of a test); it says 64")
     assert done.returncode == 2 and not names[1].exists()
     assert "nothing in this report is a speed: a fake device of a test" in done.stderr
 
