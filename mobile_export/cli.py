@@ -108,18 +108,27 @@ def _progress(line: str) -> None:
 @click.option("--quick", is_flag=True, help="The short prompts only; no committed golden is needed.")
 @click.option("--artifact-only", is_flag=True, help="Only the artefact against the golden.")
 @click.option("--runtime", type=click.Choice(["coreml"]), help="On a Mac, untested: in Core ML itself too.")
+@click.option("--baseline", type=click.Path(path_type=Path), help="A --json of before: exit 1 if worse.")
 @JSON
 def parity(
-    bundle: Path, model: str | None, quick: bool, artifact_only: bool, runtime: str | None, as_json: bool
+    bundle: Path,
+    model: str | None,
+    quick: bool,
+    artifact_only: bool,
+    runtime: str | None,
+    baseline: Path | None,
+    as_json: bool,
 ) -> None:
     """Run source, traced, quantized and artefact over the golden; exit 1 when a limit is passed."""
+    from mobile_export import baseline as baselines
     from mobile_export import console
     from mobile_export.bundle import load, verify
-    from mobile_export.parity import table
+    from mobile_export.parity import ParityReport, table
     from mobile_export.stages import STAGES, inputs
     from mobile_export.stages import parity as run
 
     console.json_only(as_json)
+    before = baselines.read(baseline, ParityReport) if baseline else None
     opened = load(bundle)
     verify(opened)
     report = run(
@@ -131,7 +140,8 @@ def parity(
         console.table(*table(report))
         if report.claim:
             console.say(report.claim)
-    sys.exit(0 if report.passed else 1)
+    kept = baselines.render(baselines.of_parity(before, report)) if before else True
+    sys.exit(0 if report.passed and kept else 1)
 
 
 @cli.command()

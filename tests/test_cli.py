@@ -152,6 +152,17 @@ def test_parity_exits_by_its_verdict(cli, sandbox_bundle, tmp_path):
     report = json.loads(done.stdout)
     assert [(line["stage"], line["passed"]) for line in report["stages"]] == [("artifact", True)]
 
+    before = tmp_path / "before.json"
+    before.write_text(done.stdout)
+    words = ("parity", sandbox_bundle.folder, "--quick", "--artifact-only", "--baseline", before)
+    done = cli(*words)
+    assert done.returncode == 0 and "no worse than the baseline in 3 figures" in done.stdout
+    report["stages"][0]["metrics"]["kl_mean"] /= 2
+    before.write_text(json.dumps(report))
+    done = cli(*words, "--json")
+    assert done.returncode == 1 and "kl_mean" in done.stderr
+    assert json.loads(done.stdout)["stages"][0]["passed"], "within its limit, and yet worse"
+
     folder = tmp_path / "android"
     shutil.copytree(sandbox_bundle.folder, folder)
     table = json.loads((folder / "manifest.json").read_bytes())
