@@ -171,8 +171,14 @@ def parity(
     "--pytorch", type=click.Path(path_type=Path), help="Write PyTorch's benchmark records (v3) too."
 )
 @click.option("--baseline", type=click.Path(path_type=Path), help="A --json of before: exit 1 if slower.")
+@click.option("--draft", type=click.Path(path_type=Path), help="Speculative decoding: a small bundle drafts.")
+@click.option("--ahead", type=click.IntRange(1), default=5, show_default=True, help="Tokens drafted at once.")
 def bench(bundles: tuple[Path, ...], **options: Any) -> None:
     """Measure bundles on a device, in turns: load, first token, prefill, decode, memory."""
+    if options["draft"]:
+        from mobile_export.targets import SOLO_BLAS
+
+        os.environ.update(SOLO_BLAS)
     from mobile_export.latency.command import bench as run
 
     sys.exit(0 if run(bundles, **options) else 1)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mobile_export.bundle import Bundle
 from mobile_export.errors import ExportError
 from mobile_export.targets import target
+from mobile_export.tokenizers_io import chat_ids
 
 if TYPE_CHECKING:
     import numpy as np
@@ -36,7 +36,7 @@ def generate(
     from tokenizers.decoders import DecodeStream
 
     tokenizer = Tokenizer.from_file(str(bundle.path("tokenizer")))
-    tokens = tokenizer.encode(prompt).ids if raw else _chat(bundle, tokenizer, prompt, system)
+    tokens = tokenizer.encode(prompt).ids if raw else chat_ids(bundle, prompt, system)
     runner = target(bundle.manifest.target).open(bundle.path("program"), threads=threads)
     room = runner.context - len(tokens)
     if room < 1 or not tokens:
@@ -65,20 +65,3 @@ def _pick(logits: np.ndarray, temperature: float, random: Any) -> int:
     scaled = (logits.astype(np.float64) - logits.max()) / temperature
     weights = np.exp(scaled)
     return int(random.choice(len(weights), p=weights / weights.sum()))
-
-
-def _chat(bundle: Bundle, tokenizer: Any, prompt: str, system: str | None) -> list[int]:
-    """Ids of the chat template over the turns."""
-    from transformers import PreTrainedTokenizerFast
-
-    messages = [{"role": "system", "content": system}] if system else []
-    messages.append({"role": "user", "content": prompt})
-    template = _text(bundle.path("chat-template"))
-    text = PreTrainedTokenizerFast(tokenizer_object=tokenizer).apply_chat_template(
-        messages, chat_template=template, tokenize=False, add_generation_prompt=True
-    )
-    return list(tokenizer.encode(str(text), add_special_tokens=False).ids)
-
-
-def _text(path: Path) -> str:
-    return path.read_text("utf-8")

@@ -1,4 +1,4 @@
-"""A checkpoint's tokenizer as a bundle's files: as it is, and patched for the ExecuTorch runner."""
+"""A checkpoint's tokenizer as a bundle's files, patched for the ExecuTorch runner too; a chat's ids."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from mobile_export.errors import ExportError
 
 if TYPE_CHECKING:
-    from mobile_export.bundle import Draft
+    from mobile_export.bundle import Bundle, Draft
     from mobile_export.types import Checkpoint
 
 NAMES = ("tokenizer.json", "tokenizer_runner.json", "tokenizer_config.json", "chat_template.jinja")
@@ -34,6 +34,23 @@ def write_tokenizers(checkpoint: Checkpoint, draft: Draft) -> Literal["NFC", "no
     if template:
         draft.path("chat_template.jinja", "chat-template").write_text(template, "utf-8")
     return normalize
+
+
+def chat_ids(bundle: Bundle, prompt: str, system: str | None = None) -> list[int]:
+    """Ids of a bundle's chat template over one user turn, ready for the answer."""
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer.from_file(str(bundle.path("tokenizer")))
+    messages = [{"role": "system", "content": system}] if system else []
+    messages.append({"role": "user", "content": prompt})
+    text = PreTrainedTokenizerFast(tokenizer_object=tokenizer).apply_chat_template(
+        messages,
+        chat_template=bundle.path("chat-template").read_text("utf-8"),
+        tokenize=False,
+        add_generation_prompt=True,
+    )
+    return list(tokenizer.encode(str(text), add_special_tokens=False).ids)
 
 
 def for_runner(tokenizer: bytes) -> tuple[bytes, Literal["NFC", "none"]]:

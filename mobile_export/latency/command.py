@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mobile_export import console
-from mobile_export.latency import compare, exporters, reports, tables
+from mobile_export.errors import ExportError
+from mobile_export.latency import compare, drafting, exporters, reports, tables
 from mobile_export.latency.bench import bench as measure
 from mobile_export.latency.bench import parse_threads
 from mobile_export.latency.devices import FORMS, Found, Options, present
@@ -30,8 +31,22 @@ def bench(
     llama_bench: Path | None,
     pytorch: Path | None,
     baseline: Path | None,
+    draft: Path | None,
+    ahead: int,
 ) -> bool:
     """Measure, print and write; False when something is slower than the baseline."""
+    if draft:
+        if len(bundles) != 1 or vs or baseline or device != "host":
+            raise ExportError(
+                "--draft measures one bundle on this host", "leave out --vs, --device and --baseline"
+            )
+        found = drafting.bench(
+            bundles[0], draft, ahead=ahead, rounds=rounds, threads=max(parse_threads(threads)), busy=busy
+        )
+        drafting.render(found)
+        if out:
+            drafting.save(found, out)
+        return True
     before = reports.load(baseline) if baseline else None
     plan = Protocol(rounds=rounds, threads=parse_threads(threads), long_seconds=long_seconds)
     report = measure(
