@@ -223,7 +223,7 @@ def run(bundle: Path, prompt: str, **options: Any) -> None:
 @JSON
 @click.option("--ranges", is_flag=True, help="Core ML: run it, and list the ops nearest to fp16's end.")
 def inspect(path: Path, as_json: bool, ranges: bool) -> None:
-    """Verify a bundle and show what it holds; or look into a .pte, .mlpackage, .gguf or .safetensors."""
+    """Verify a bundle and show what it holds; or look into a .pte, .mlpackage, .onnx, .gguf, .safetensors."""
     if ranges:
         from mobile_export import console
         from mobile_export.bundle import load

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,10 +11,11 @@ from typing import Any, Literal
 
 import msgspec
 
-from mobile_export import bundle, console, pte
+from mobile_export import bundle, console, onnx_look, pte
 from mobile_export.errors import ExportError
 from mobile_export.manifest import Manifest
 from mobile_export.mlpackage import TensorType, open_package, tensor_type
+from mobile_export.onnx_look import OnnxSummary, OnnxValue
 from mobile_export.pte import PteSummary, Value
 from mobile_export.tensors import read_header
 
@@ -42,17 +44,19 @@ class PackageFunction(msgspec.Struct, frozen=True):
 class InspectReport(msgspec.Struct, frozen=True):
     """What `inspect` found; the parts that do not apply are null."""
 
-    kind: Literal["bundle", "pte", "mlpackage", "gguf", "safetensors"]
+    kind: Literal["bundle", "pte", "mlpackage", "onnx", "gguf", "safetensors"]
     name: str
     bytes: int
     manifest: Manifest | None = None
     program: PteSummary | None = None
     weights: Weights | None = None
     package: list[PackageFunction] | None = None
+    onnx: OnnxSummary | None = None
 
 
 def inspect(path: Path) -> InspectReport:
-    """Look into a bundle (every file is verified), a `.pte`, `.mlpackage`, `.gguf` or `.safetensors`.
+    """Look into a bundle (every file is verified), a `.pte`, `.mlpackage`, `.onnx`, `.gguf`
+    or `.safetensors`.
 
     Raises ExportError when it is none of these, damaged, or the bundle is not as its manifest says.
     """
@@ -66,13 +70,16 @@ def inspect(path: Path) -> InspectReport:
     size = path.stat().st_size
     if path.suffix == ".pte":
         return InspectReport("pte", path.name, size, program=pte.read(path))
+    if path.suffix == ".onnx":
+        summary = onnx_look.read(path)
+        return InspectReport("onnx", path.name, size + sum(summary.data_files.values()), onnx=summary)
     if path.suffix == ".gguf":
         return InspectReport("gguf", path.name, size, weights=_gguf(path))
     if path.suffix == ".safetensors":
         return InspectReport("safetensors", path.name, size, weights=_safetensors(path))
     raise ExportError(
         f"cannot inspect '{path.name}'",
-        "name a bundle's folder, or a .pte, .mlpackage, .gguf or .safetensors",
+        "name a bundle's folder, or a .pte, .mlpackage, .onnx, .gguf or .safetensors",
     )
 
 
@@ -88,8 +95,9 @@ def _bundle(folder: Path) -> InspectReport:
                 message = f"the manifest says that {name} is {value}, and the program returns {returned}"
                 raise ExportError(message, "export it again")
     package = _package(program) if program.suffix == ".mlpackage" else None
+    onnx = onnx_look.read(program) if program.suffix == ".onnx" else None
     name = folder.resolve().name
-    return InspectReport("bundle", name, found.bytes, found.manifest, summary, package=package)
+    return InspectReport("bundle", name, found.bytes, found.manifest, summary, package=package, onnx=onnx)
 
 
 def _package(path: Path) -> list[PackageFunction]:
@@ -153,6 +161,8 @@ def render(report: InspectReport) -> None:
         _render_program(report.program)
     for function in report.package or []:
         _render_function(function)
+    if report.onnx is not None:
+        _render_onnx(report.onnx)
     if report.weights is not None:
         weights = report.weights
         rows = [[dtype, count] for dtype, count in weights.dtypes.items()]
@@ -173,10 +183,13 @@ def _render_manifest(manifest: Manifest) -> None:
         "recipe": f"{manifest.recipe.name} ({manifest.recipe.digest[:12]})",
         "context": f"{io.context} positions, KV cache {io.kv_cache}, vocabulary {io.vocab}",
         "text": f"apply {io.normalize} before tokenizing" if io.normalize != "none" else "as it is",
-        "kernels": ", ".join([*runtime.backends, *runtime.kernels]) or "portable only",
+        "kernels": ", ".join([*runtime.backends, *runtime.kernels]),
+        "CPU needs": ", ".join(runtime.cpu_features),
         "made with": ", ".join(f"{name} {version}" for name, version in sorted(manifest.tools.items())),
     }
-    console.table("", ["", ""], list(facts.items()))
+    if manifest.target == "executorch":
+        facts["kernels"] = facts["kernels"] or "portable only"
+    console.table("", ["", ""], [[name, fact] for name, fact in facts.items() if fact])
     for note in runtime.notes:
         console.say(f"note  {note}")
     files = [
@@ -209,6 +222,35 @@ def _render_function(function: PackageFunction) -> None:
     for word, values in (("in", function.inputs), ("state", function.states), ("out", function.outputs)):
         console.say(f"  {word}  " + ", ".join(f"{name} {kind}" for name, kind in values.items()))
     console.say("  ops  " + ", ".join(f"{name} {count}" for name, count in function.ops.items()))
+
+
+def _render_onnx(model: OnnxSummary) -> None:
+    opsets = ", ".join(f"{domain} {version}" for domain, version in model.opsets.items())
+    console.say(f"\nONNX {model.ir_version}, {opsets}, by {model.producer or 'nobody'}")
+    for word, values in (("in", model.inputs), ("out", model.outputs)):
+        console.say(f"  {word}  " + ", ".join(_layers(values)))
+    console.table("", ["operator", "nodes"], list(model.operators.items()))
+    rows = [[kind, console.human_bytes(size)] for kind, size in model.weights.items()]
+    rows += [["of these shared", console.human_bytes(model.shared_bytes)]] if model.shared_bytes else []
+    console.table("\nWeights", ["type", "size"], rows)
+    for name, size in model.data_files.items():
+        console.say(f"{name}  {console.human_bytes(size)}")
+    if model.int8_codes:
+        count = sum(rows * columns for rows, columns in model.int8_codes.values())
+        console.say(f"int8 codes  {len(model.int8_codes)} tensors, {count:,} values")
+
+
+def _layers(values: list[OnnxValue]) -> list[str]:
+    """One entry for all values that differ in a layer's number only."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for value in values:
+        kind = f"{value.dtype} [{', '.join(map(str, value.shape))}]" + " or its default" * value.optional
+        pattern = re.sub(r"\d+", "*", value.name)
+        found.setdefault((pattern, kind), []).append(value.name)
+    return [
+        f"{names[0]} {kind}" if len(names) == 1 else f"{len(names)} {pattern} {kind}"
+        for (pattern, kind), names in found.items()
+    ]
 
 
 def _shape(value: Value) -> str:
