@@ -140,8 +140,36 @@ def parity(
         console.table(*table(report))
         if report.claim:
             console.say(report.claim)
+    if not report.passed:
+        click.echo(f"hint: `mobile-export blame {bundle}` finds the layer and the op", err=True)
     kept = baselines.render(baselines.of_parity(before, report)) if before else True
     sys.exit(0 if report.passed and kept else 1)
+
+
+@cli.command()
+@BUNDLE
+@click.option("--model", help="The source, where the bundle was made of a folder or file.")
+@click.option("--stage", type=click.Choice(["traced", "quantized", "artifact"]), help="Default: in turn.")
+@JSON
+def blame(bundle: Path, model: str | None, stage: str | None, as_json: bool) -> None:
+    """Find the first layer and op that err more than their arithmetic explains; exit 1 when one does."""
+    from mobile_export import console
+    from mobile_export.blame import table, verdict
+    from mobile_export.bundle import load, verify
+    from mobile_export.stages import inputs
+    from mobile_export.taps.blame import STAGES
+    from mobile_export.taps.blame import blame as run
+
+    console.json_only(as_json)
+    opened = load(bundle)
+    verify(opened)
+    report = run(inputs(opened, model=model, short=True), (stage,) if stage else STAGES)
+    if as_json:
+        _print_json(report)
+    else:
+        console.table(*table(report))
+        console.say(verdict(report))
+    sys.exit(1 if report.guilty else 0)
 
 
 @cli.command()

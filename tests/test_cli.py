@@ -45,7 +45,8 @@ def test_help_is_instant(cli):
         times.append(time.perf_counter() - begin)
         assert done.returncode == 0 and done.stderr == ""
     assert statistics.median(times) < 0.5, "0.1 s on an idle machine"
-    for name in ("android", "ios", "onnx", "all", "lint", "golden", "parity", "run", "inspect", "doctor"):
+    names = "android ios onnx all lint golden parity blame run inspect doctor"
+    for name in names.split():
         assert re.search(rf"^  {name} ", done.stdout, re.MULTILINE)
 
 
@@ -170,7 +171,7 @@ def test_parity_exits_by_its_verdict(cli, sandbox_bundle, tmp_path):
     (folder / "manifest.json").write_bytes(msgspec.json.encode(table))
     done = cli("parity", folder, "--quick", "--artifact-only")
     assert done.returncode == 1, done.stderr
-    assert "FAIL" in done.stdout
+    assert "FAIL" in done.stdout and f"`mobile-export blame {folder}`" in done.stderr
 
     with (folder / "model.pte").open("r+b") as file:
         file.seek(5000)
