@@ -30,12 +30,14 @@ ThermalStatusListeners:
 Thermal Status: {status}
 Cached temperatures:
 \tTemperature{{mValue=99.0, mType=3, mName=SKIN, mStatus=0}}
+\tTemperature{{mValue=98.0, mType=1, mName=GPU, mStatus=0}}
 HAL Ready: true
 HAL connection:
 \tThermalHAL AIDL 1  connected: yes
 Current temperatures from HAL:
 \tTemperature{{mValue=41.5, mType=0, mName=CPU0, mStatus=0}}
 \tTemperature{{mValue=33.25, mType=3, mName=SKIN, mStatus={status}}}
+\tTemperature{{mValue=-99.9, mType=6, mName=POWER_AMPLIFIER, mStatus=0}}
 Current cooling devices from HAL:
 \tCoolingDevice{{mValue=0, mType=2, mName=TYPE_CPU}}
 """

@@ -8,7 +8,6 @@ import argparse
 import hashlib
 import json
 import socketserver
-import sys
 import threading
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -19,15 +18,13 @@ from fake_app import Crash, FakeApp
 from mobile_export.latency import contract
 
 ROOT = "Documents/mobile-export"
-STUB = """#!{python} -SE
-import json, os, socket, sys
-link = socket.socket(socket.AF_UNIX)
-link.connect({socket!r})
-link.sendall(json.dumps(sys.argv[1:]).encode() + b"\\n")
-with link.makefile() as answer:
-    code = int(answer.readline())
-    sys.stdout.write(answer.read())
-sys.exit(code)
+STUB = """#!/bin/bash
+exec 3<>/dev/tcp/127.0.0.1/{port}
+printf '%s\\n' $# >&3
+printf '%s\\0' "$@" >&3
+read -r code <&3
+while IFS= read -r line <&3; do printf '%s\\n' "$line"; done
+exit "$code"
 """
 
 
@@ -143,17 +140,17 @@ class FakePhone:
                 self.files[f"{folder}/{name}"] = self.files[blobs + file["sha256"]]
 
 
-class FakeXcrun(socketserver.ThreadingUnixStreamServer):
+class FakeXcrun(socketserver.ThreadingTCPServer):
     """A context manager; put `folder` first on PATH."""
 
     daemon_threads = True
 
     def __init__(self, folder: Path, *phones: FakePhone, version: int = 2) -> None:
-        super().__init__(str(folder / "socket"), _Call)
+        super().__init__(("127.0.0.1", 0), _Call)
         self.phones, self.version, self.calls = list(phones), version, []
         self.broken = ""
         stub = folder / "xcrun"
-        stub.write_text(STUB.format(python=sys.executable, socket=str(folder / "socket")))
+        stub.write_text(STUB.format(port=self.server_address[1]))
         stub.chmod(0o755)
         self._thread = threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02})
 
@@ -169,9 +166,10 @@ class FakeXcrun(socketserver.ThreadingUnixStreamServer):
 
 class _Call(socketserver.StreamRequestHandler):
     server: FakeXcrun
+    disable_nagle_algorithm = True
 
     def handle(self) -> None:
-        words = json.loads(self.rfile.readline())
+        words = [self._word() for _ in range(int(self.rfile.readline()))]
         self.server.calls.append(words)
         lines: list[str] = []
         options, result, error, code = None, None, None, 0
@@ -197,8 +195,11 @@ class _Call(socketserver.StreamRequestHandler):
             answer = {"info": info, **({"error": error} if error else {"result": result})}
             Path(options.json_output).write_text(json.dumps(answer))
         # A caller that has waited long enough is gone.
-        with suppress(BrokenPipeError):
+        with suppress(ConnectionError):
             self.wfile.write(f"{code}\n".encode() + "".join(line + "\n" for line in lines).encode())
+
+    def _word(self) -> str:
+        return b"".join(iter(lambda: self.rfile.read(1), b"\0")).decode()
 
     def _do(self, options: argparse.Namespace, say) -> dict | int:
         if options.what == "list":

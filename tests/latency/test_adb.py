@@ -314,6 +314,7 @@ def test_an_app_that_crashes(serve, bundle, do, reason, message):
 
 def test_a_crash_that_the_system_has_no_record_of(serve, bundle, monkeypatch):
     phone = FakeDevice(app=FakeApp(crash_in="check"))
+    phone._exited("4 (APP CRASH(EXCEPTION))", "older")
     monkeypatch.setattr(phone, "_exited", lambda *reason: None)
     serve(phone)
     with pytest.raises(ExportError, match="the app ended in 'check': Process crashed.; read `adb logcat -d`"):

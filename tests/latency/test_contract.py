@@ -1,6 +1,8 @@
 """The contract with the apps: its schemas, and reports that do not keep to it."""
 
 import json
+from pathlib import Path
+from typing import get_args
 
 import jsonschema
 import msgspec
@@ -9,6 +11,7 @@ import pytest
 from mobile_export.errors import ExportError
 from mobile_export.latency import contract
 from mobile_export.latency.contract import DeviceReport, Request, Turn
+from mobile_export.latency.devices import adb, ios
 
 REQUEST = Request(
     run="0123456789abcdef",
@@ -85,3 +88,15 @@ def test_what_does_not_keep_to_the_contract_is_one_line(change, message):
 def test_half_a_report_is_none(data):
     with pytest.raises(ExportError, match="the app's report does not keep to the contract"):
         contract.decode(data)
+
+
+def test_the_document_names_what_the_code_does():
+    path = Path(__file__).parents[2] / "docs" / "device-contract.md"
+    text = path.read_text("utf-8")
+    words = [*get_args(contract.Do), *get_args(contract.ErrorCode), *get_args(contract.Kind)]
+    assert [word for word in words if f"`{word}`" not in text] == []
+    paths = [contract.INSTRUMENTATION, f"{adb.ROOT}/bundles", f"{adb.ROOT}/runs", adb.REPORTS]
+    paths += [contract.APP, f"{ios.ROOT}/runs", f"{ios.ROOT}/bundles", ios.EXECUTABLE]
+    assert [name for name in paths if name not in text] == []
+    assert f"`schema_version` is {contract.SCHEMA_VERSION} " in text
+    assert f"Android 11 (API {adb.LEAST_API})" in text

@@ -4,7 +4,7 @@ import fake_bundle
 import msgspec
 import pytest
 from fake_app import FakeApp
-from fake_xcrun import FakePhone, FakeXcrun
+from fake_xcrun import ROOT, FakePhone, FakeXcrun
 
 from mobile_export.errors import ExportError
 from mobile_export.latency import contract, devicectl, devices, protocol
@@ -202,6 +202,16 @@ def test_a_run_that_does_not_end(serve, bundle, monkeypatch, hangs, message):
     serve(FakePhone("U1", hangs=hangs))
     monkeypatch.setattr(ios, "LAUNCH_SECONDS", 1.0)
     with pytest.raises(ExportError, match=message):
+        measure(bundle)
+
+
+def test_what_an_earlier_run_left_is_no_answer(serve, bundle, monkeypatch):
+    phone = FakePhone("U1")
+    serve(phone)
+    measure(bundle)
+    assert f"{ROOT}/inventory.json" in phone.files
+    monkeypatch.setattr(phone, "launch", lambda arguments, say: 0)
+    with pytest.raises(ExportError, match="U1: the app does not answer '--mobile-export-prepare'; install"):
         measure(bundle)
 
 
