@@ -49,6 +49,11 @@ class Change:
     worse: bool
 
 
+def change(where: str, what: str, before: float | None, now: float | None, tolerance: Tolerance) -> Change:
+    """Both figures, and whether the second is worse."""
+    return Change(where, what, before, now, tolerance.worse(before, now))
+
+
 def read(path: Path, kind: type[_Report]) -> _Report:
     """A report that `--json` wrote. ExportError: there is none, or it is not one of that kind."""
     hint = "name a file that --json of the same command wrote"
@@ -74,9 +79,8 @@ def of_parity(before: ParityReport, now: ParityReport) -> list[Change]:
         if earlier is None:
             continue
         for what, tolerance in (("kl_mean", KL), ("top1", TOP1), ("perplexity_ratio", PERPLEXITY)):
-            values = getattr(earlier, what), getattr(line.metrics, what)
-            where = f"{line.against} -> {line.stage}"
-            changes.append(Change(where, what, *values, worse=tolerance.worse(*values)))
+            old_value, value = getattr(earlier, what), getattr(line.metrics, what)
+            changes.append(change(f"{line.against} -> {line.stage}", what, old_value, value, tolerance))
     return refuse_none(changes)
 
 

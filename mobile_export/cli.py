@@ -174,6 +174,22 @@ def blame(bundle: Path, model: str | None, stage: str | None, as_json: bool) -> 
 
 @cli.command()
 @click.argument("bundles", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--model", help="The source, where the bundles were made of a folder or file.")
+@click.option("--source/--no-source", default=True, help="Run the source too; else it is the baseline's.")
+@click.option(
+    "--code", type=click.IntRange(0), help="Problems to ask. Default: all; of a Core ML bundle none."
+)
+@click.option("--json", "out", type=click.Path(path_type=Path), help="Write the report to this file.")
+@click.option("--baseline", type=click.Path(path_type=Path), help="A --json of before: exit 1 if worse.")
+def evaluate(bundles: tuple[Path, ...], **options: Any) -> None:
+    """Perplexity, and code that runs: source and artefacts side by side; exit 1 when a limit is passed."""
+    from mobile_export.tasks.command import run
+
+    sys.exit(0 if run(bundles, **options) else 1)
+
+
+@cli.command()
+@click.argument("bundles", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--device", default="host", show_default=True, help="See `devices`.")
 @click.option(
     "--device-python", default="", help="A Python there that has the runtime. Default: one is made."
@@ -280,6 +296,28 @@ def lint(bundle: Path, strict: bool, as_json: bool) -> None:
     report = check(load(bundle))
     _print_json(report) if as_json else render(report)
     sys.exit(1 if report.fails(strict) else 0)
+
+
+@cli.command()
+@click.argument("bundles", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--out", "-o", type=click.Path(path_type=Path), default="report.html", show_default=True)
+@click.option("--parity", multiple=True, type=click.Path(path_type=Path), help="What `parity --json` said.")
+@click.option("--bench", multiple=True, type=click.Path(path_type=Path), help="What `bench --json` wrote.")
+@click.option("--ranges", is_flag=True, help="Core ML: run it, for fp16's range by layer.")
+@click.option("--json", "data", type=click.Path(path_type=Path), help="Write the same as JSON too.")
+def report(bundles: tuple[Path, ...], out: Path, data: Path | None, **options: Any) -> None:
+    """Write one HTML file, without scripts, of all that is known of a model's bundles."""
+    from mobile_export import console
+    from mobile_export.files import disk_errors, write_file
+    from mobile_export.report.data import encode, gather
+    from mobile_export.report.page import render
+
+    found = gather(bundles, **options)
+    with disk_errors("the report"):
+        write_file(out, render(found).encode())
+        if data:
+            write_file(data, encode(found))
+    console.say(str(out))
 
 
 @cli.command()

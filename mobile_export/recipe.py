@@ -97,6 +97,15 @@ class Parity(_Table, frozen=True):
     coreml: Evaluated = Evaluated()
 
 
+class Gate(_Table, frozen=True):
+    """What the tasks of `mobile-export evaluate` may lose in an artefact, against the source."""
+
+    perplexity_ratio: float = 1.01
+    """Perplexity over the text set, divided by the source's, at most."""
+    fewer_passes: int = 2
+    """Problems that the source solves more than the artefact does, at most."""
+
+
 class Recipe(_Table, frozen=True):
     """One way to export: everything that shapes the artefact's bytes, and the limits it must keep."""
 
@@ -108,6 +117,7 @@ class Recipe(_Table, frozen=True):
     coreml: CoreML = CoreML()
     onnx: ONNX = ONNX()
     parity: Parity = Parity()
+    gate: Gate = Gate()
 
     @property
     def digest(self) -> str:

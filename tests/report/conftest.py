@@ -42,6 +42,14 @@ def parity_file(folders, tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="session")
+def whole(folders, parity_file):
+    """Everything of the three bundles but a bench."""
+    from mobile_export.report.data import gather
+
+    return gather(list(folders.values()), parity=[parity_file], ranges=True)
+
+
 @pytest.fixture
 def bench_file(folders, tmp_path):
     """Writes a bench report whose times are known: ours twice as fast as the peer, Core ML not run.

@@ -14,11 +14,6 @@ from mobile_export.report import data
 from mobile_export.report.data import gather
 
 
-@pytest.fixture(scope="module")
-def whole(folders, parity_file):
-    return gather(list(folders.values()), parity=[parity_file], ranges=True)
-
-
 def test_the_committed_schema_is_the_reports_own_and_accepts_it(whole, folders, bench_file):
     assert data.schema_file().read_bytes() == data.schema(), "run python -m mobile_export.report.data"
     validator = jsonschema.Draft202012Validator(json.loads(data.schema()))
