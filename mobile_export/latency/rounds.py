@@ -42,8 +42,9 @@ _BUSY = 0.5
 """Cores of other work that a bench does not start beside."""
 _WARM_UP = 4
 """Tokens that a regime decodes before anything is kept."""
-_SAID = 0.9
-"""Share of the selftest's tokens, as exported, that a device must say too: its kernels round otherwise."""
+_SAID = 0.75
+"""Share of the selftest's tokens, as exported, that a device must say too: where two tokens are about
+as likely, other kernels, or calls of another length, pick the other one."""
 
 Entry = tuple[Contender, Launch]
 

@@ -98,7 +98,7 @@ class Worker:
         code = self._process.wait()
         if code in self._launch.gone and not self._late:
             return ExportError(self._launch.gone[code], "look after the device, then run it again")
-        how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        how = _signal(-code if code < 0 else code - 128) or f"exit code {code}"
         if self._late:
             how = f"no answer in {ANSWER_SECONDS:.0f} s"
         self._said.seek(0)
@@ -109,6 +109,14 @@ class Worker:
         return ExportError(
             f"the worker of '{self.name}' {what}", "check that artefact and its runtime, then run it again"
         )
+
+
+def _signal(number: int) -> str:
+    """The signal's name, which a shell tells as exit code 128 + number; empty: there is no such signal."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return ""
 
 
 class RemoteRunner:
