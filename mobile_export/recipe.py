@@ -22,6 +22,8 @@ class Quantize(_Table, frozen=True):
     """fp32: none; for a target that speculative decoding or a comparison needs whole."""
     rounding: Literal["nearest", "compensated"] = "compensated"
     """How codes are chosen: each nearest to its weight, or for the least error of the layer's output."""
+    rotate: bool = False
+    """Whether weights first move into a basis whose activations int8 and fp16 hold better (passes/rotate)."""
 
 
 class ExecuTorch(_Table, frozen=True):
@@ -53,6 +55,8 @@ class ONNX(_Table, frozen=True):
     """Columns that share one scale of the activations inside a product; a weight's own scale is its row's."""
     accuracy_level: Literal[0, 4] = 4
     """4: activations are int8 inside a product. 0: fp32, for CPUs without dot-product instructions."""
+    ort: bool = False
+    """Also write `model.ort`, for minimal builds of the runtime."""
 
 
 class Threshold(_Table, frozen=True):

@@ -53,3 +53,24 @@ def test_it_keeps_its_limits_on_the_whole_golden(bundle):
 
 def test_its_code_does_what_was_asked(bundle, writes_right_code):
     writes_right_code(bundle, max_tokens=200)
+
+
+def test_genai_says_what_our_runner_says(bundle):
+    from mobile_export.targets import onnx as target
+    from mobile_export.tokenizers_io import chat_ids
+
+    target.runtime()  # telemetry off before genai loads the same library
+    genai = pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai does not import here")
+    prompt = chat_ids(bundle, "Name three primary colours.")
+    model = genai.Model(str(bundle.folder))
+    generator = genai.Generator(model, genai.GeneratorParams(model))
+    generator.append_tokens(np.array(prompt, np.int32))
+    runner = target.open(bundle.path("program"))
+    row, expected, theirs = runner.last_logits(prompt, 0), [], []
+    for at in range(len(prompt), len(prompt) + 24):
+        expected.append(int(row.argmax()))
+        row = runner.last_logits(expected[-1:], at)
+        if not generator.is_done():
+            generator.generate_next_token()
+            theirs.append(int(generator.get_next_tokens()[0]))
+    assert theirs == expected[: len(theirs)] and len(theirs) >= 4

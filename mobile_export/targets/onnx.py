@@ -10,6 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 from mobile_export.manifest import Contract, Method, Runtime, TensorInfo
 from mobile_export.targets import Lowered
+from mobile_export.targets.onnx_deploy import (
+    GENAI_CONFIG,
+    GENAI_MODEL,
+    OPERATORS,
+    cpu_features,
+    genai_config,
+    genai_model,
+    required_operators,
+)
 from mobile_export.targets.onnx_file import ModelFile, data_file
 from mobile_export.targets.onnx_graph import build
 from mobile_export.targets.onnx_io import LOGITS, MASK, PAST, PRESENT, READ, TOKENS, cache_names
@@ -26,11 +35,6 @@ if TYPE_CHECKING:
 CHUNK = 128
 """Tokens in one call, at most: what a call needs beside the weights grows with them, its speed hardly."""
 
-_PRODUCTS = {
-    0: "Products are fp32 and run on every ARMv8 core.",
-    4: "Products take int8 activations: an ARM core needs the dot-product instructions (ARMv8.2).",
-}
-
 
 def write(program: Program, recipe: Recipe, checkpoint: Checkpoint, draft: Draft) -> Lowered:
     """Write `model.onnx` and its data file into a bundle and say what they need and how they are called."""
@@ -39,12 +43,17 @@ def write(program: Program, recipe: Recipe, checkpoint: Checkpoint, draft: Draft
     artifact = draft.path("model.onnx", "program")
     draft.path(data_file(artifact).name, "program")
     lower(program, recipe.onnx, artifact)
+    ends, begin = eos_ids(checkpoint), checkpoint.tokenizer().bos_token_id
+    _deploy(program.dims, recipe.onnx, checkpoint, draft, artifact, ends)
+    level = recipe.onnx.accuracy_level if recipe.quantize.weights == "int8" else 0
     runtime = Runtime(
         name="ONNX Runtime",
         minimum_version=version("onnxruntime"),
+        cpu_features=cpu_features(level),
         notes=[
             "present.* may be the buffers of past_key_values.*: then nothing is copied from call to call.",
-            _PRODUCTS[recipe.onnx.accuracy_level],
+            f"Products take {'int8' if level else 'fp32'} activations.",
+            f"{OPERATORS} is for a reduced build of the runtime; {GENAI_CONFIG} for onnxruntime-genai.",
         ],
     )
     io = Contract(
@@ -53,11 +62,33 @@ def write(program: Program, recipe: Recipe, checkpoint: Checkpoint, draft: Draft
         context=program.dims.context,
         vocab=program.dims.vocab,
         kv_cache=recipe.onnx.kv_cache,
-        eos_ids=eos_ids(checkpoint),
-        bos_id=checkpoint.tokenizer().bos_token_id,
+        eos_ids=ends,
+        bos_id=begin,
         normalize="none",
     )
     return Lowered(artifact, runtime, io, ("onnx", "onnxruntime"))
+
+
+def _deploy(
+    dims: Dims, options: Options, checkpoint: Checkpoint, draft: Draft, artifact: Path, ends: list[int]
+) -> None:
+    """What stands beside the model for those who ship it."""
+    from mobile_export.targets.onnx_ort import to_ort
+
+    tokenizer = checkpoint.tokenizer()
+    draft.path(OPERATORS, "runtime-config").write_text(required_operators(artifact), "utf-8")
+    genai_model(artifact, draft.path(GENAI_MODEL, "runtime-config"))
+    config = genai_config(
+        dims,
+        family=checkpoint.family,
+        eos_ids=ends,
+        bos_id=tokenizer.bos_token_id,
+        pad_id=tokenizer.pad_token_id,
+        chunk=CHUNK,
+    )
+    draft.path(GENAI_CONFIG, "runtime-config").write_bytes(config)
+    if options.ort:
+        to_ort(artifact, draft.path("model.ort", "runtime-config"))
 
 
 def lower(program: Program, options: Options, out: Path) -> None:
