@@ -71,6 +71,8 @@ def _join_head(proto: ModelProto) -> None:
     graph = proto.graph
     weights = {tensor.name: tensor for tensor in graph.initializer}
     concat = next(node for node in graph.node if LOGITS in node.output)
+    if concat.op_type != "Concat":
+        return
     head, *others = (node for node in graph.node if set(node.output) & set(concat.input))
     slices = {node.input[place] for node in (head, *others) for place in (1, 2)}
     start = _place(weights[head.input[1]])

@@ -103,6 +103,13 @@ def test_operators_are_those_of_the_runtimes_tool_at_every_level(folder, options
     assert required_operators(path / GENAI_MODEL) == ours
 
 
+def test_operators_of_fp32_weights(programs_of, spec, tmp_path):
+    onnx.lower(programs_of(spec())[1], OPTIONS[1], tmp_path / "model.onnx")
+    ours = required_operators(tmp_path / "model.onnx")
+    assert parsed(ours) == theirs([tmp_path / "model.onnx"], LEVELS, tmp_path)
+    assert "Gemm" in ours and "MatMulNBits" not in ours
+
+
 def test_the_runtimes_build_script_reads_them(folder, tmp_path):
     from onnxruntime.tools.reduced_build_config_parser import parse_config
 

@@ -85,6 +85,13 @@ def test_an_untied_head_keeps_its_slices(programs_of, spec, tmp_path):
     assert np.abs(onnx.open(tmp_path / "model.ort").logits(TOKENS, 0) - expected).max() < 1e-5
 
 
+def test_weights_in_fp32_have_no_slices(programs_of, spec, tmp_path):
+    path = written(programs_of(spec())[1], tmp_path / "model.onnx")
+    to_ort(path, tmp_path / "model.ort")
+    expected = onnx.open(path).logits(TOKENS, 0)
+    assert np.abs(onnx.open(tmp_path / "model.ort").logits(TOKENS, 0) - expected).max() < 1e-5
+
+
 def test_every_process_writes_the_same_bytes(model, converted, tmp_path):
     code = "import sys; from pathlib import Path; from mobile_export.targets.onnx_ort import to_ort\n"
     code += "to_ort(Path(sys.argv[1]), Path(sys.argv[2]))"
