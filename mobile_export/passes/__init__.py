@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from mobile_export.passes import runner
 from mobile_export.passes.quantize import Quantize
+from mobile_export.passes.rotate import Rotate
 from mobile_export.passes.runner import Passed
 from mobile_export.passes.trace import Trace
 
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
     from mobile_export.recipe import Recipe
     from mobile_export.types import Checkpoint
 
-PASSES: tuple[runner.Pass, ...] = (Trace(), Quantize())
+PASSES: tuple[runner.Pass, ...] = (Trace(), Rotate(), Quantize())
 
 
 def run(checkpoint: Checkpoint, recipe: Recipe, *, last: str | None = None, use_cache: bool = True) -> Passed:

@@ -63,7 +63,7 @@ def test_each_float_matrix_became_its_codes(both, rounding):
     counts = op_counts(quantized.exported)
     assert (counts["mobile.linear_int8"], counts["mobile.embedding_int8"]) == (15, 1)
     assert not {"aten.linear", "aten.embedding"} & counts.keys()
-    assert quantized.passes == ("trace", "quantize") and quantized.dims == traced.dims
+    assert quantized.passes[-1] == "quantize" and quantized.dims == traced.dims
     state = quantized.exported.state_dict
     expected = {}
     for name, weight in float_weights(traced).items():
