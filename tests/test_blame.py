@@ -15,10 +15,11 @@ from mobile_export.bundle import Bundle, load
 from mobile_export.checkpoint import cache, resolve
 from mobile_export.export import export
 from mobile_export.passes import runner
+from mobile_export.rewrite import rotary_tables
 from mobile_export.stages import Inputs, inputs
 from mobile_export.taps.blame import blame
 
-TARGETS = {"ios": np.float16, "onnx": np.float32}
+TARGETS = {"android": np.float32, "ios": np.float16, "onnx": np.float32}
 """What each platform's artefact keeps scales in."""
 PLACES = [
     (0, "self_attn.k_proj", 5),
@@ -46,34 +47,31 @@ def bundle_of(sandbox_bundle, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def quantized(sandbox_bundle):
+def program(sandbox_bundle):
     given = inputs(sandbox_bundle, short=True)
-    return passes.run(given.checkpoint, given.recipe).program.exported.state_dict
+    return passes.run(given.checkpoint, given.recipe).program
 
 
-def scales_of(quantized, layer, kind):
-    """Name and values fp32 [N] of a product's scales."""
+def scales_of(program, layer, kind):
+    """fp32 [N] of a product."""
     part = "head" if kind == "lm_head" else f"layers_{layer}_{kind.replace('.', '_')}"
-    (name,) = (name for name in quantized if name.endswith(f"{part}_scales"))
-    return name, quantized[name].detach().numpy()
+    state = program.exported.state_dict
+    (name,) = (name for name in state if name.endswith(f"{part}_scales"))
+    return state[name].detach().numpy()
 
 
-def wrong_scale(bundle, scales, column, folder):
-    """A copy of a bundle in whose artefact one scale is three times what it was, once a block."""
+def altered_copy(bundle, folder, pairs):
+    """A copy of a bundle in whose artefact exactly one of the pairs' arrays is found, and replaced."""
     shutil.copytree(bundle.folder, folder)
-    dtype = TARGETS[bundle.manifest.platform]
-    found = []
+    changed = 0
     for path in folder.rglob("*"):
         if path.suffix in (".bin", ".data", ".pte"):
             data = path.read_bytes()
-            for blocks in (1, 2, 3):
-                right = np.repeat(scales.astype(dtype), blocks)
-                if (at := data.find(right.tobytes())) >= 0:
-                    wrong = right.copy()
-                    wrong[column * blocks : (column + 1) * blocks] *= 3
-                    found.append((path, data[:at] + wrong.tobytes() + data[at + right.nbytes :]))
-    (path, data), *_ = found
-    path.write_bytes(data)
+            for right, wrong in pairs:
+                changed += right.tobytes() in data
+                data = data.replace(right.tobytes(), wrong.tobytes())
+            path.write_bytes(data)
+    assert changed == 1
     return Bundle(folder, bundle.manifest)
 
 
@@ -89,6 +87,17 @@ def test_a_wrong_scale_in_an_artefact_is_found(platform, layer, kind, column, bu
     assert found.factor == pytest.approx(3, abs=0.1)
     assert found.error > 5 * found.expected or kind == "lm_head"
     assert f"{kind}, error" in verdict(report) and "column" in verdict(report)
+
+
+@pytest.mark.parametrize("platform", TARGETS)
+def test_a_wrong_rotary_table_is_found_where_keys_are_made(platform, bundle_of, program, tmp_path):
+    cos = rotary_tables(program)[0].numpy()
+    right = (cos if platform == "android" else cos[:, : cos.shape[1] // 2]).astype(TARGETS[platform])
+    wrong = right.copy()
+    wrong[3] = 0
+    broken = altered_copy(bundle_of(platform), tmp_path / platform, [(right, wrong)])
+    found = blame(inputs(broken, short=True), ("artifact",)).guilty
+    assert (found.layer, found.kind) == (0, "self_attn.keys")
 
 
 @pytest.mark.parametrize("platform", TARGETS)

@@ -50,6 +50,8 @@ class Error:
     """How many columns are `COLUMN` times beyond what is expected of them."""
     column: int
     """The one that is furthest beyond."""
+    excess: float
+    """That one's error over what is expected of it."""
     factor: float
     """What that column's values are multiplied by, by least squares."""
 
@@ -156,7 +158,8 @@ class _Sums:
     def error(self, place: Place, floor: float) -> Error:
         import torch
 
-        allowed = self.noise + floor**2 * self.size.clamp(min=self.rows)
+        # What is far smaller than the rest matters to nobody, and a tie in rounding moves it far.
+        allowed = self.noise.clamp(min=self.noise.mean()) + floor**2 * self.size.clamp(min=self.rows)
         excess = (self.own / allowed).nan_to_num(math.inf).sqrt()
         column = int(torch.argmax(excess))
         return Error(
@@ -166,6 +169,7 @@ class _Sums:
             total=math.sqrt(self.total / self.rows),
             columns=int((excess > COLUMN).sum()),
             column=column,
+            excess=float(excess[column]),
             factor=float(self.dot[column] / self.size[column]),
         )
 
