@@ -147,6 +147,22 @@ def parity(
 
 
 @cli.command()
+@click.argument("bundles", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--model", help="The source, where the bundles were made of a folder or file.")
+@click.option("--source/--no-source", default=True, help="Run the source too; else it is the baseline's.")
+@click.option(
+    "--code", type=click.IntRange(0), help="Problems to ask. Default: all; of a Core ML bundle none."
+)
+@click.option("--json", "out", type=click.Path(path_type=Path), help="Write the report to this file.")
+@click.option("--baseline", type=click.Path(path_type=Path), help="A --json of before: exit 1 if worse.")
+def evaluate(bundles: tuple[Path, ...], **options: Any) -> None:
+    """Perplexity, and code that runs: source and artefacts side by side; exit 1 when a limit is passed."""
+    from mobile_export.tasks.command import run
+
+    sys.exit(0 if run(bundles, **options) else 1)
+
+
+@cli.command()
 @BUNDLE
 @click.option("--model", help="The source, where the bundle was made of a folder or file.")
 @click.option("--stage", type=click.Choice(["traced", "quantized", "artifact"]), help="Default: in turn.")
@@ -170,22 +186,6 @@ def blame(bundle: Path, model: str | None, stage: str | None, as_json: bool) -> 
         console.table(*table(report))
         console.say(verdict(report))
     sys.exit(1 if report.guilty else 0)
-
-
-@cli.command()
-@click.argument("bundles", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--model", help="The source, where the bundles were made of a folder or file.")
-@click.option("--source/--no-source", default=True, help="Run the source too; else it is the baseline's.")
-@click.option(
-    "--code", type=click.IntRange(0), help="Problems to ask. Default: all; of a Core ML bundle none."
-)
-@click.option("--json", "out", type=click.Path(path_type=Path), help="Write the report to this file.")
-@click.option("--baseline", type=click.Path(path_type=Path), help="A --json of before: exit 1 if worse.")
-def evaluate(bundles: tuple[Path, ...], **options: Any) -> None:
-    """Perplexity, and code that runs: source and artefacts side by side; exit 1 when a limit is passed."""
-    from mobile_export.tasks.command import run
-
-    sys.exit(0 if run(bundles, **options) else 1)
 
 
 @cli.command()
@@ -302,6 +302,7 @@ def lint(bundle: Path, strict: bool, as_json: bool) -> None:
 @click.argument("bundles", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--out", "-o", type=click.Path(path_type=Path), default="report.html", show_default=True)
 @click.option("--parity", multiple=True, type=click.Path(path_type=Path), help="What `parity --json` said.")
+@click.option("--blame", multiple=True, type=click.Path(path_type=Path), help="What `blame --json` said.")
 @click.option("--bench", multiple=True, type=click.Path(path_type=Path), help="What `bench --json` wrote.")
 @click.option("--ranges", is_flag=True, help="Core ML: run it, for fp16's range by layer.")
 @click.option("--json", "data", type=click.Path(path_type=Path), help="Write the same as JSON too.")

@@ -8,11 +8,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import msgspec
 
 from mobile_export import bundle as bundles
+from mobile_export.blame import BlameReport
 from mobile_export.bundle import Bundle
 from mobile_export.errors import ExportError
 from mobile_export.files import write_file
@@ -20,6 +21,8 @@ from mobile_export.manifest import Manifest
 from mobile_export.parity import ParityReport
 from mobile_export.report.sizes import Part, parts
 from mobile_export.report.speeds import BenchFigures, figures
+
+Read = TypeVar("Read")
 
 
 class _Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -60,6 +63,13 @@ class BundleParity(_Table, frozen=True):
     report: ParityReport
 
 
+class BundleBlame(_Table, frozen=True):
+    """What `blame --json` said of one of the bundles."""
+
+    bundle: str
+    report: BlameReport
+
+
 class Report(_Table, frozen=True):
     """All that is known of one model's bundles."""
 
@@ -68,6 +78,7 @@ class Report(_Table, frozen=True):
     """Digest of the source."""
     bundles: tuple[BundleData, ...]
     parity: tuple[BundleParity, ...] = ()
+    blames: tuple[BundleBlame, ...] = ()
     benches: tuple[BenchFigures, ...] = ()
     format: Literal["mobile-export-report"] = "mobile-export-report"
     schema_version: Literal[1] = 1
@@ -77,10 +88,11 @@ def gather(
     folders: Sequence[Path],
     *,
     parity: Sequence[Path] = (),
+    blame: Sequence[Path] = (),
     bench: Sequence[Path] = (),
     ranges: bool = False,
 ) -> Report:
-    """The bundles in `folders`, with what `parity --json` and `bench --json` wrote of them.
+    """The bundles in `folders`, with what `parity`, `blame` and `bench` wrote of them as JSON.
 
     `ranges`: run Core ML bundles in the evaluator, for fp16's range by layer. ExportError: a bundle is
     not as its manifest says, they are of several models, or a file is of none of them.
@@ -97,6 +109,7 @@ def gather(
         checkpoint=digest,
         bundles=tuple(found),
         parity=tuple(_parity(path, found) for path in parity),
+        blames=tuple(_blame(path, found) for path in blame),
         benches=tuple(figures(path, digest) for path in bench),
     )
 
@@ -143,20 +156,36 @@ def _ranges(opened: Bundle) -> tuple[LayerRange, ...]:
 
 
 def _parity(path: Path, found: Sequence[BundleData]) -> BundleParity:
-    try:
-        report = msgspec.json.decode(path.read_bytes(), type=ParityReport)
-    except OSError as error:
-        raise ExportError(f"cannot read '{path.name}': {error.strerror}", "check the path") from None
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise ExportError(
-            f"'{path.name}' is no parity report of this version: {error}",
-            "write it with `mobile-export parity BUNDLE --json`",
-        ) from None
+    report = _read(path, ParityReport, "parity")
     of = (report.checkpoint, report.target, report.recipe)
     for one in found:
         if of == (one.manifest.model.digest, one.manifest.target, one.manifest.recipe.digest):
             return BundleParity(bundle=one.name, report=report)
-    raise ExportError(f"'{path.name}' is of none of these bundles", "name its bundle too")
+    raise _of_none(path)
+
+
+def _blame(path: Path, found: Sequence[BundleData]) -> BundleBlame:
+    report = _read(path, BlameReport, "blame")
+    for one in found:
+        if (report.model, report.target) == (one.manifest.model.name, one.manifest.target):
+            return BundleBlame(bundle=one.name, report=report)
+    raise _of_none(path)
+
+
+def _read(path: Path, kind: type[Read], command: str) -> Read:
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=kind)
+    except OSError as error:
+        raise ExportError(f"cannot read '{path.name}': {error.strerror}", "check the path") from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise ExportError(
+            f"'{path.name}' is no {command} report of this version: {error}",
+            f"write it with `mobile-export {command} BUNDLE --json`",
+        ) from None
+
+
+def _of_none(path: Path) -> ExportError:
+    return ExportError(f"'{path.name}' is of none of these bundles", "name its bundle too")
 
 
 def schema_file() -> Path:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
 
+from mobile_export import blame
+from mobile_export.blame import BlameReport, Tap
 from mobile_export.console import human_bytes
 from mobile_export.parity import StageResult
 from mobile_export.report.data import BundleData, Report
@@ -65,6 +69,9 @@ def render(report: Report) -> str:
         groups={one.name: _groups(one) for one in report.bundles},
         parity_bars={one.bundle: _parity_bars(one.report.stages) for one in report.parity},
         by_position={one.bundle: _by_position(one.report.stages) for one in report.parity},
+        errors=[_errors(one.report) for one in report.blames],
+        verdicts=[blame.verdict(one.report) for one in report.blames],
+        worst=[blame.table(one.report) for one in report.blames],
         fp16={one.name: _fp16(one) for one in report.bundles if one.fp16},
         speeds=[list(_speeds(bench)) for bench in report.benches],
     )
@@ -128,6 +135,23 @@ def _by_position(stages: Sequence[StageResult]) -> Chart | None:
     values = [[one.kl_mean for one in line.by_position] for line in lossy]
     drawn = lines([Series(*pair) for pair in zip(names, values, strict=True)], ticks)
     return Chart("Mean KL by position", drawn, names)
+
+
+def _errors(report: BlameReport) -> Chart:
+    """Errors layer by layer; what is before, after or between the layers stands under its name."""
+    groups = [(layer, list(taps)) for layer, taps in groupby(report.taps, key=lambda tap: tap.layer)]
+    worst = [max(taps, key=_excess) for _, taps in groups]
+    series = [
+        Series("all up to here", [taps[-1].total for _, taps in groups]),
+        Series("the worst op's own", [tap.error for tap in worst]),
+        Series("expected of that op", [tap.expected for tap in worst]),
+    ]
+    ticks = [str(layer) if layer is not None else taps[0].kind[:5] for layer, taps in groups]
+    return Chart("Relative error", lines(series, ticks), [one.name for one in series])
+
+
+def _excess(tap: Tap) -> float:
+    return math.inf if tap.error is None else tap.error / tap.expected
 
 
 def _fp16(one: BundleData) -> Chart:

@@ -43,11 +43,24 @@ def parity_file(folders, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def whole(folders, parity_file):
+def blame_file(folders, tmp_path_factory):
+    """What `blame --json` writes of the Core ML bundle's artefact."""
+    from mobile_export.bundle import load
+    from mobile_export.stages import inputs
+    from mobile_export.taps.blame import blame
+
+    report = blame(inputs(load(folders["ios"]), short=True), ["artifact"])
+    path = tmp_path_factory.mktemp("blame") / "ios.json"
+    path.write_bytes(msgspec.json.encode(report))
+    return path
+
+
+@pytest.fixture(scope="session")
+def whole(folders, parity_file, blame_file):
     """Everything of the three bundles but a bench."""
     from mobile_export.report.data import gather
 
-    return gather(list(folders.values()), parity=[parity_file], ranges=True)
+    return gather(list(folders.values()), parity=[parity_file], blame=[blame_file], ranges=True)
 
 
 @pytest.fixture

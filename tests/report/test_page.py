@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
+from itertools import groupby
 
 import msgspec
 import pytest
@@ -12,7 +13,7 @@ import pytest
 from mobile_export.parity import Depth
 from mobile_export.report.data import gather
 from mobile_export.report.figures import Bar, Series, bars, lines, treemap
-from mobile_export.report.page import render, short
+from mobile_export.report.page import _errors, render, short
 from mobile_export.report.sizes import Part
 
 CLAIM = "Verified against the documented semantics of the program, not on the device."
@@ -66,7 +67,7 @@ def test_the_same_report_gives_the_same_page(whole):
 def test_every_section_is_there(with_bench):
     elements = Elements(render(with_bench()))
     sections = [attrs["id"] for tag, attrs in elements.found if tag == "section"]
-    assert sections == ["artefacts", "sizes", "parity", "position", "fp16", "speed", "provenance"]
+    assert sections == ["artefacts", "sizes", "parity", "position", "errors", "fp16", "speed", "provenance"]
 
 
 def test_nothing_given_is_said(folders):
@@ -89,6 +90,16 @@ def test_what_is_no_speed_is_not_shown_as_one(with_bench):
     assert "Nothing measured here is a speed." in text
     assert "tokens/s" not in text and "Prefill" not in text
     assert "android on qemu-arm64: not a speed (emulated by qemu)" in text
+
+
+def test_errors_by_layer_are_those_blame_found(whole):
+    chart = _errors(whole.blames[0].report)
+    taps = whole.blames[0].report.taps
+    assert chart.svg.count("<polyline") == 3
+    layers = [layer for layer, _ in groupby(tap.layer for tap in taps)]
+    assert layers == [None, 0, 1, None] and chart.svg.count("<circle") == 3 * len(layers)
+    text = Elements(render(whole)).text
+    assert "quantized -> artifact: no op of any layer errs more than its arithmetic explains" in text
 
 
 def test_a_failed_stage_is_seen(whole):

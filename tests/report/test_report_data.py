@@ -23,8 +23,8 @@ def test_the_committed_schema_is_the_reports_own_and_accepts_it(whole, folders, 
         validator.validate({**json.loads(data.encode(whole)), "schema_version": 2})
 
 
-def test_the_same_inputs_give_the_same_bytes(whole, folders, parity_file):
-    again = gather(list(folders.values()), parity=[parity_file], ranges=True)
+def test_the_same_inputs_give_the_same_bytes(whole, folders, parity_file, blame_file):
+    again = gather(list(folders.values()), parity=[parity_file], blame=[blame_file], ranges=True)
     assert data.encode(again) == data.encode(whole)
     assert msgspec.json.decode(data.encode(whole), type=data.Report) == whole
 
@@ -53,12 +53,21 @@ def test_parity_goes_to_the_bundle_it_is_of(whole, folders, parity_file):
         gather([folders["android"]], parity=[parity_file])
 
 
+def test_blame_goes_to_the_bundle_it_is_of(whole, folders, blame_file):
+    (found,) = whole.blames
+    assert found.bundle == "ios" and found.report.taps
+    with pytest.raises(ExportError, match=r"'ios\.json' is of none of these bundles"):
+        gather([folders["onnx"]], blame=[blame_file])
+
+
 @pytest.mark.parametrize("text", ["{}", "no JSON", '{"stages": 1}'])
 def test_a_file_that_is_no_parity_report_is_refused(text, folders, tmp_path):
     path = tmp_path / "other.json"
     path.write_text(text)
     with pytest.raises(ExportError, match=r"'other\.json' is no parity report"):
         gather([folders["android"]], parity=[path])
+    with pytest.raises(ExportError, match=r"'other\.json' is no blame report"):
+        gather([folders["android"]], blame=[path])
     with pytest.raises(ExportError, match=r"cannot read 'none\.json'"):
         gather([folders["android"]], parity=[tmp_path / "none.json"])
 
