@@ -113,6 +113,7 @@ def _fill(
     program: Program,
     seconds: dict[str, float],
 ) -> manifest.Manifest:
+    from mobile_export.report.card import model_card
     from mobile_export.tokenizers_io import write_tokenizers
 
     name = PLATFORMS[platform]
@@ -149,6 +150,7 @@ def _fill(
         io=msgspec.structs.replace(lowered.io, normalize=normalize),
         quality=quality,
     )
+    draft.path("model_card.md", "model-card").write_text(model_card(made), "utf-8")
     return draft.finish(made).manifest
 
 

@@ -21,6 +21,7 @@ Role = Literal[
     "selftest",
     "runtime-config",
     "notice",
+    "model-card",
 ]
 Scalar = bool | int | float | str
 
