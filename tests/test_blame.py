@@ -77,9 +77,12 @@ def altered_copy(bundle, folder, pairs):
 
 @pytest.mark.parametrize("platform", TARGETS)
 @pytest.mark.parametrize(("layer", "kind", "column"), PLACES)
-def test_a_wrong_scale_in_an_artefact_is_found(platform, layer, kind, column, bundle_of, quantized, tmp_path):
-    _, scales = scales_of(quantized, layer, kind)
-    broken = wrong_scale(bundle_of(platform), scales, column, tmp_path / platform)
+def test_a_wrong_scale_in_an_artefact_is_found(platform, layer, kind, column, bundle_of, program, tmp_path):
+    right = scales_of(program, layer, kind).astype(TARGETS[platform])
+    wrong = right.copy()
+    wrong[column] *= 3
+    by_blocks = [(np.repeat(right, blocks), np.repeat(wrong, blocks)) for blocks in (1, 2, 3)]
+    broken = altered_copy(bundle_of(platform), tmp_path / platform, by_blocks)
     report = blame(inputs(broken, short=True), ("artifact",))
     found = report.guilty
     assert found and (found.layer, found.kind) == (layer, kind)
