@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +34,9 @@ if TYPE_CHECKING:
 CHUNK = 128
 """Tokens in one call, at most: what a call needs beside the weights grows with them, its speed hardly."""
 
+LEAST_RUNTIME = {"fp32": "1.23.2", "fp16": "1.32.0"}
+"""By the cache's type, the oldest version that ran our exports; 1.22.1 refused them, or their attention."""
+
 
 def write(program: Program, recipe: Recipe, checkpoint: Checkpoint, draft: Draft) -> Lowered:
     """Write `model.onnx` and its data file into a bundle and say what they need and how they are called."""
@@ -48,7 +50,7 @@ def write(program: Program, recipe: Recipe, checkpoint: Checkpoint, draft: Draft
     level = recipe.onnx.accuracy_level if recipe.quantize.weights == "int8" else 0
     runtime = Runtime(
         name="ONNX Runtime",
-        minimum_version=version("onnxruntime"),
+        minimum_version=LEAST_RUNTIME[recipe.onnx.kv_cache],
         cpu_features=cpu_features(level),
         notes=[
             "present.* may be the buffers of past_key_values.*: then nothing is copied from call to call.",
