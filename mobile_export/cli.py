@@ -165,7 +165,11 @@ def evaluate(bundles: tuple[Path, ...], **options: Any) -> None:
 @cli.command()
 @BUNDLE
 @click.option("--model", help="The source, where the bundle was made of a folder or file.")
-@click.option("--stage", type=click.Choice(["traced", "quantized", "artifact"]), help="Default: in turn.")
+@click.option(
+    "--stage",
+    type=click.Choice(["traced", "rotated", "quantized", "artifact"]),
+    help="Default: all in turn, until one is guilty.",
+)
 @JSON
 def blame(bundle: Path, model: str | None, stage: str | None, as_json: bool) -> None:
     """Find the first layer and op that err more than their arithmetic explains; exit 1 when one does."""

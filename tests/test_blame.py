@@ -15,6 +15,7 @@ from mobile_export.bundle import Bundle, load
 from mobile_export.checkpoint import cache, resolve
 from mobile_export.export import export
 from mobile_export.passes import runner
+from mobile_export.recipe import parse_recipe
 from mobile_export.rewrite import rotary_tables
 from mobile_export.stages import Inputs, inputs
 from mobile_export.taps.blame import blame
@@ -118,6 +119,12 @@ def test_a_sound_bundle_blames_nobody(platform, bundle_of):
     assert [row[0] for row in rows] == ["-", "0", "1", "-"] and {len(row) for row in rows} == {len(columns)}
 
 
+def merged(table, more):
+    """A table with some of its entries replaced, table by table."""
+    nested = {name: merged(table[name], value) for name, value in more.items() if isinstance(value, dict)}
+    return {**table, **more, **nested}
+
+
 @pytest.fixture
 def altered(sandbox_bundle, tmp_path, monkeypatch):
     """Inputs of blame whose cache holds one pass's program with a changed tensor."""
@@ -127,8 +134,11 @@ def altered(sandbox_bundle, tmp_path, monkeypatch):
     given = inputs(sandbox_bundle, short=True)
     checkpoint = resolve(given.checkpoint.spec)
 
-    def change(last, end, edit):
-        program = passes.run(checkpoint, given.recipe, last=last).program
+    def change(last, end, edit, table=None):
+        recipe = parse_recipe(merged(given.bundle.manifest.recipe.table, table or {}))
+        if last is None:
+            return Inputs(given.bundle, recipe, checkpoint, given.golden)
+        program = passes.run(checkpoint, recipe, last=last).program
         exported = copy.copy(program.exported)
         (name,) = (name for name in exported.state_dict if name.endswith(end))
         before = exported.state_dict[name]
@@ -138,12 +148,12 @@ def altered(sandbox_bundle, tmp_path, monkeypatch):
             tensor = torch.nn.Parameter(tensor, requires_grad=before.requires_grad)
         exported._state_dict = {**exported.state_dict, name: tensor}
         names = [one.name for one in passes.PASSES]
-        keys = runner.keys_of(checkpoint, given.recipe, passes.PASSES)
+        keys = runner.keys_of(checkpoint, recipe, passes.PASSES)
         folder = runner._folder(keys[names.index(last)])
         shutil.rmtree(folder)
         folder.mkdir()
         programs.save(replace(program, exported=exported), folder, runner._source_weights(checkpoint))
-        return Inputs(given.bundle, given.recipe, checkpoint, given.golden)
+        return Inputs(given.bundle, recipe, checkpoint, given.golden)
 
     return change
 
@@ -160,6 +170,20 @@ def test_a_wrong_row_in_a_program_is_found(last, stage, end, altered):
     found = report.guilty
     assert (report.stage, found.layer, found.kind) == (stage, 1, "mlp.gate_proj")
     assert (found.columns, found.column) == (1, 3)
+
+
+def test_a_wrong_matrix_of_a_rotated_program_is_found(altered):
+    """A wrong o_proj shows where values are next in their own basis: behind it, before down_proj."""
+    rotates = {"quantize": {"rotate": True}}
+
+    def edit(tensor):
+        tensor[3] *= 3
+
+    sound = altered(None, "", edit, rotates)
+    assert blame(sound, ("rotated", "quantized")).guilty is None
+    report = blame(altered("rotate", "0.self_attn.o_proj.weight", edit, rotates))
+    assert (report.stage, report.against) == ("rotated", "traced")
+    assert (report.guilty.layer, report.guilty.kind) == (0, "mlp.gate_proj")
 
 
 def test_what_is_not_finite_is_found(altered):

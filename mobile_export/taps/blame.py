@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from mobile_export import console, passes
 from mobile_export.blame import BlameReport, Guilty, Tap
+from mobile_export.errors import ExportError
 from mobile_export.stages import Inputs
 from mobile_export.taps import arithmetic, source
 from mobile_export.taps.points import Call
@@ -18,7 +19,14 @@ from mobile_export.taps.replay import Error, Tapped
 if TYPE_CHECKING:
     from mobile_export.types import Program
 
-STAGES = ("traced", "quantized", "artifact")
+STAGES = ("traced", "rotated", "quantized", "artifact")
+SAME = tuple(f"self_attn.{kind}" for kind in ("q_proj", "k_proj", "keys")) + (
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "mlp.activation",
+    "lm_head",
+)
+"""Kinds whose values a rotated program leaves in their own basis."""
 TOKENS = 32
 """Of the first short prompt: all but the last in one call, the last in a call of its own."""
 WHOLE = 2.0
@@ -26,8 +34,14 @@ WHOLE = 2.0
 
 
 def blame(given: Inputs, stages: Sequence[str] = STAGES) -> BlameReport:
-    """The first of `stages` that has a guilty place; the last one when none has."""
-    for stage in stages:
+    """The first of `stages` that has a guilty place; the last one when none has.
+
+    `rotated` is passed over where the recipe does not rotate. ExportError: it is the only one.
+    """
+    taken = [stage for stage in stages if stage != "rotated" or given.recipe.quantize.rotate]
+    if not taken:
+        raise ExportError("this bundle's recipe does not rotate", "name another stage")
+    for stage in taken:
         with console.step(f"blame: {stage}"):
             report = _stage(given, stage)
         gc.collect()
@@ -59,12 +73,17 @@ def _observed(given: Inputs, stage: str, calls: Sequence[Call]) -> Any:
     if stage == "traced":
         tapped = Tapped(_program(given, "trace"))
         return "source", tapped, source.values(given.checkpoint, tapped.points, calls), arithmetic.Plain()
+    if stage == "rotated":
+        tapped, rotated = Tapped(_program(given, "trace")), Tapped(_program(given, "rotate"))
+        values = rotated.values(calls)
+        alike = [{place: seen[place] for place in seen if place.kind in SAME} for seen in values]
+        return "traced", tapped, alike, arithmetic.Plain()
     if stage == "quantized":
-        before = passes.PASSES[-2].name
-        tapped, quantized = Tapped(_program(given, before)), Tapped(_program(given, "quantize"))
+        tapped, quantized = Tapped(_program(given, "rotate")), Tapped(_program(given, "quantize"))
         floats = given.recipe.quantize.weights == "fp32"
         form = arithmetic.Plain() if floats else arithmetic.Int8Weights()
-        return {"trace": "traced"}.get(before, before), tapped, quantized.values(calls), form
+        before = "rotated" if given.recipe.quantize.rotate else "traced"
+        return before, tapped, quantized.values(calls), form
     tapped = Tapped(_program(given, "quantize"))
     taps: Any = importlib.import_module(f"mobile_export.taps.{given.bundle.manifest.target}")
     values = taps.values(given.bundle.path("program"), tapped.points, calls, given.recipe)
