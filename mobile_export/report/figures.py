@@ -96,7 +96,7 @@ def lines(series: Sequence[Series], ticks: Sequence[str], *, limit: float | None
 
     `limit` is drawn as a line across. A series' colour is its place among them.
     """
-    left, right, top, bottom = 40.0, WIDTH - 6, 8.0, 172.0
+    left, right, top, bottom = 40.0, WIDTH - 16, 8.0, 172.0
     known = [value for one in series for value in one.values if value is not None and value > 0]
     if limit is not None:
         known.append(limit)
@@ -113,8 +113,7 @@ def lines(series: Sequence[Series], ticks: Sequence[str], *, limit: float | None
         shapes.append(_text(left - 4, height + 4, "10" + str(power).translate(_SUPERSCRIPT), anchor="end"))
     every = math.ceil(len(ticks) * max(map(len, ticks), default=1) * (_LETTER + 1) / (right - left))
     for index in range(0, len(ticks), max(every, 1)):
-        anchor = "end" if 0 < index == len(ticks) - 1 else "middle"
-        shapes.append(_text(left + index * step, bottom + 17, ticks[index], anchor=anchor))
+        shapes.append(_text(left + index * step, bottom + 17, ticks[index], anchor="middle"))
     if limit is not None:
         height = place(0, limit)[1]
         shapes.append(_line("limit", left, height, right, height))
