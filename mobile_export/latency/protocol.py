@@ -225,7 +225,8 @@ class Check(Table, frozen=True):
     contender: str
     threads: int
     matched: int
-    """Greedy tokens that are the source's, before the first that is not, over all cases."""
+    """Greedy tokens that are the source's, before the first that is not, over all cases; an emulator or
+    evaluator is asked for few of each."""
     expected: int
     """The same, as exported."""
 

@@ -143,17 +143,17 @@ class Worker:
             turns.append(self.turn(prompt, decode)["decode_ns"])
         return {"decode_ns": turns}
 
-    def check(self) -> dict[str, Any]:
-        """Greedy tokens of the selftest that are the source's, before the first that is not."""
+    def check(self, tokens: int) -> dict[str, Any]:
+        """Of each case's first `tokens` greedy tokens, those that are the source's until one is not."""
         matched = expected = 0
         for case in self.runner.cases():
             self.runner.reset()
-            tokens, at = case["tokens"], 0
-            for wanted in case["greedy"]:
-                if int(self.runner.last_logits(tokens, at).argmax()) != wanted:
+            given, at = case["tokens"], 0
+            for wanted in case["greedy"][:tokens]:
+                if int(self.runner.last_logits(given, at).argmax()) != wanted:
                     break
-                matched, at, tokens = matched + 1, at + len(tokens), [wanted]
-            expected += case["greedy_match"]
+                matched, at, given = matched + 1, at + len(given), [wanted]
+            expected += min(case["greedy_match"], tokens)
         return {"matched": matched, "expected": expected}
 
     def machine(self) -> dict[str, Any]:
