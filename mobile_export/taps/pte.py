@@ -9,7 +9,6 @@ import math
 import mmap
 import shutil
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +47,6 @@ class _Forward:
         self.plan = next(plan for plan in program.execution_plan if plan.name == "forward")
         self.calls = [instruction.instr_args for instruction in self.plan.chains[0].instructions]
         self.found: dict[Tap, int] = {}
-        self.products: set[tuple[int, int]] = set()
 
     def run(self) -> dict[Tap, int]:
         """Position in the outputs by role and number."""
@@ -89,16 +87,18 @@ class _Forward:
         at, new = graph.argument(value)
         if not new:
             return self._kept(call.args[at])
-        from executorch.exir.schema import EValue, TensorShapeDynamism
+        from executorch.exir.scalar_type import ScalarType
+        from executorch.exir.schema import EValue, Tensor, TensorShapeDynamism
 
-        like = next(one.val for one in self.plan.values if hasattr(one.val, "allocation_info"))
         sizes = [int(size) for size in graph.values[value]["dims"]]
         sizes[1] = min(sizes[1], self.rows)
-        tensor = replace(
-            like,
-            scalar_type=_FP32(),
+        tensor = Tensor(
+            scalar_type=ScalarType.FLOAT,
+            storage_offset=0,
             sizes=sizes,
             dim_order=list(range(len(sizes))),
+            requires_grad=False,
+            layout=0,
             data_buffer_idx=0,
             allocation_info=self._memory(1, math.prod(sizes)),
             shape_dynamism=TensorShapeDynamism.DYNAMIC_BOUND,
@@ -117,10 +117,12 @@ class _Forward:
 
     def _keys(self) -> None:
         """What goes into the cache that each attention reads as its keys; int8 codes are left out."""
+        from executorch.exir.scalar_type import ScalarType
+
         written = {arguments[1]: arguments[0] for _, arguments in self._kernels("llama::update_cache")}
         for layer, (_, arguments) in enumerate(self._kernels("llama::custom")):
             keys = written[arguments[1]]
-            if self.plan.values[keys].val.scalar_type in (_FP32(), _FP16()):
+            if self.plan.values[keys].val.scalar_type in (ScalarType.FLOAT, ScalarType.HALF):
                 self.found["keys", layer] = self._kept(keys)
 
     def _kernels(self, name: str) -> Iterator[tuple[str, list[int]]]:
@@ -156,15 +158,3 @@ def _encode(program: Any, segments: int) -> bytes:
     written = _program._ExtendedHeader(size, base, segments).to_bytes().ljust(header, b"\0")
     data = _program._insert_flatbuffer_header(made.data, "ET", written)
     return data.ljust(base, b"\0")
-
-
-def _FP32() -> Any:
-    from executorch.exir.scalar_type import ScalarType
-
-    return ScalarType.FLOAT
-
-
-def _FP16() -> Any:
-    from executorch.exir.scalar_type import ScalarType
-
-    return ScalarType.HALF
