@@ -130,9 +130,7 @@ def _not_speeds(report: Report) -> Iterator[str]:
     for one in report.contenders:
         if reason := report.not_speed(one):
             said = [check for check in report.checks if check.contender == one.name]
-            tokens = (
-                f"; it says {said[0].matched} of {said[0].expected} tokens of the selftest" if said else ""
-            )
+            tokens = f"; source's tokens {said[0].matched}, at export {said[0].expected}" if said else ""
             yield f"{one.name} on {report.device.name}: not a speed ({reason}){tokens}"
 
 
