@@ -8,7 +8,7 @@ MEASURED := dist/measured
 .PHONY: export test unit measured report clean
 
 export: $(VENV)/.installed
-	$(BIN)/mobile-export android
+	$(BIN)/mobile-export all
 
 test: $(VENV)/.tested
 	$(BIN)/ruff check .
