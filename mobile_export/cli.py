@@ -203,6 +203,7 @@ def blame(bundle: Path, model: str | None, stage: str | None, as_json: bool) -> 
 @click.option("--model", help="The source, where the bundles were made of a folder or file.")
 @click.option("--rounds", type=click.IntRange(1), default=5, show_default=True)
 @click.option("--threads", metavar="N,N", default="1,2", show_default=True, help="Thread counts.")
+@click.option("--cpus", metavar="N,N", default="", help="Pin the runtimes to these cores.")
 @click.option(
     "--long",
     "long_seconds",

@@ -33,6 +33,14 @@ PLAN, OPTIONS = Protocol(), Options()
 EVALUATED = "evaluated, not run by the runtime of a device"
 
 
+def parse_cpus(text: str) -> tuple[int, ...]:
+    """`4,5` -> (4, 5); empty: none is named."""
+    numbers = text.split(",") if text else []
+    if not all(number.isdecimal() for number in numbers):
+        raise ExportError(f"'{text}' is no list of cores", "write e.g. --cpus 4,5")
+    return tuple(dict.fromkeys(map(int, numbers)))
+
+
 def parse_threads(text: str) -> tuple[int, ...]:
     """`1,2` -> (1, 2)."""
     counts = text.split(",")

@@ -9,7 +9,7 @@ from mobile_export import console
 from mobile_export.errors import ExportError
 from mobile_export.latency import compare, drafting, exporters, reports, tables
 from mobile_export.latency.bench import bench as measure
-from mobile_export.latency.bench import parse_threads
+from mobile_export.latency.bench import parse_cpus, parse_threads
 from mobile_export.latency.devices import FORMS, Found, Options, present
 from mobile_export.latency.protocol import Protocol
 
@@ -24,6 +24,7 @@ def bench(
     model: str | None,
     rounds: int,
     threads: str,
+    cpus: str,
     long_seconds: float,
     quick: bool,
     busy: bool,
@@ -48,7 +49,9 @@ def bench(
             drafting.save(found, out)
         return True
     before = reports.load(baseline) if baseline else None
-    plan = Protocol(rounds=rounds, threads=parse_threads(threads), long_seconds=long_seconds)
+    plan = Protocol(
+        rounds=rounds, threads=parse_threads(threads), cpus=parse_cpus(cpus), long_seconds=long_seconds
+    )
     report = measure(
         bundles,
         device=device,

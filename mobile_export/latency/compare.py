@@ -89,7 +89,7 @@ def _identity(before: Report, now: Report) -> Iterator[tuple[str, object, object
         yield title, getattr(before.machine, what), getattr(now.machine, what)
     models = [{one.model for one in report.contenders} for report in (before, now)]
     yield "model", models[0], models[1]
-    for what in ("threads", "regimes", "text", "settle_seconds"):
+    for what in ("threads", "cpus", "regimes", "text", "settle_seconds"):
         yield what, getattr(before.protocol, what), getattr(now.protocol, what)
 
 

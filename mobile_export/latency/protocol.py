@@ -43,6 +43,8 @@ class Protocol(Table, frozen=True):
     rounds: int = 5
     """Kept; one shortened round before them is not."""
     threads: tuple[int, ...] = (1, 2)
+    cpus: tuple[int, ...] = ()
+    """Cores that the runtimes are pinned to; empty: the system chooses."""
     regimes: tuple[Regime, ...] = REGIMES
     text: str = TEXT
     """What the time to the first token is taken of; as many of its tokens as the context holds."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import msgspec
@@ -70,6 +70,8 @@ def measure(entries: Sequence[Entry], probe: Launch, plan: Protocol, *, timed: b
     other work keeps the machine from measuring anything.
     """
     log = _Log()
+    if plan.cpus:
+        entries = [(one, replace(launch, spec={**launch.spec, "cpus": plan.cpus})) for one, launch in entries]
     with Worker(probe) as asked:
         machine = msgspec.convert(asked.ask("machine")["machine"], Machine)
         run = [entry for entry in entries if timed and not entry[0].not_speed]

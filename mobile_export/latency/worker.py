@@ -52,7 +52,11 @@ class BundleRunner:
 
 
 def runner(spec: dict[str, Any], threads: int) -> Any:
-    """What runs that kind of artefact."""
+    """What runs that kind of artefact, on the cores `cpus` alone if the spec has any."""
+    if cpus := spec.get("cpus"):
+        if not hasattr(os, "sched_setaffinity"):
+            raise RuntimeError("this system pins no process to cores")
+        os.sched_setaffinity(0, cpus)
     if spec["kind"] == "bundle":
         return BundleRunner(spec, threads)
     from mobile_export.latency.llama import LlamaRunner

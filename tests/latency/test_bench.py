@@ -1,5 +1,7 @@
 """The bench with real workers: two bundles of the small model, and the peer where it is installed."""
 
+import dataclasses
+import os
 import shutil
 import statistics
 import subprocess
@@ -7,12 +9,14 @@ import sys
 from pathlib import Path
 
 import msgspec
+import psutil
 import pytest
 
 from mobile_export.errors import ExportError
 from mobile_export.latency import bench, reports, rounds, tables
-from mobile_export.latency.devices import Options
+from mobile_export.latency.devices import Options, host
 from mobile_export.latency.protocol import Protocol, Regime
+from mobile_export.latency.workers import Worker
 
 REGIMES = (Regime(prompt=8), Regime(prompt=0, decode=5), Regime(prompt=32, decode=3))
 PLAN = Protocol(
@@ -158,10 +162,10 @@ def test_contexts_too_short_and_models_that_differ_are_refused(sandbox_bundle, t
 
 def test_round_that_says_something_else_is_no_measurement():
     said = {}
-    rounds._refuse_change(said, "ours", 8, 0, (5, 6))
-    rounds._refuse_change(said, "ours", 8, 1, [5, 6])
+    rounds.refuse_change(said, "ours", 8, 0, (5, 6))
+    rounds.refuse_change(said, "ours", 8, 1, [5, 6])
     with pytest.raises(ExportError, match="'ours' said something else in round 3 than in the first"):
-        rounds._refuse_change(said, "ours", 8, 2, (5, 7))
+        rounds.refuse_change(said, "ours", 8, 2, (5, 7))
 
 
 def test_an_artefact_that_says_something_else_is_not_timed(sandbox_bundle, tmp_path):
@@ -190,6 +194,29 @@ def test_a_busy_machine_is_refused(sandbox_bundle):
         for loop in loops:
             loop.kill()
             loop.wait()
+
+
+def test_a_runtime_stays_on_its_cores(sandbox_bundle):
+    entry = bench._bundles("host", [sandbox_bundle.folder], [sandbox_bundle])[0]
+    launch = host.launch(entry)
+    core = min(os.sched_getaffinity(0))
+    with Worker(dataclasses.replace(launch, spec={**launch.spec, "cpus": [core]})) as worker:
+        worker.open(2)
+        threads = psutil.Process(worker._process.pid).threads()
+        assert len(threads) > 1
+        assert all(os.sched_getaffinity(thread.id) == {core} for thread in threads)
+    with (
+        Worker(dataclasses.replace(launch, spec={**launch.spec, "cpus": [4095]})) as worker,
+        pytest.raises(ExportError, match="failed at 'open': OSError.*Invalid argument"),
+    ):
+        worker.open(1)
+
+
+@pytest.mark.parametrize("text", ["1,", "two", "-1"])
+def test_cores(text):
+    assert bench.parse_cpus("4,0,4") == (4, 0) and bench.parse_cpus("") == ()
+    with pytest.raises(ExportError, match="is no list of cores; write e.g. --cpus 4,5"):
+        bench.parse_cpus(text)
 
 
 @pytest.mark.parametrize("text", ["", "0", "1,", "two", "-1"])
