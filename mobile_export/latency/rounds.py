@@ -10,7 +10,7 @@ what its machine is doing.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -81,8 +81,6 @@ def measure(entries: Sequence[Entry], probe: Launch, plan: Protocol, *, timed: b
         for threads in plan.threads if run else ():
             _loads(run, threads, plan, log)
             _rounds(run, threads, plan, asked, log)
-        if run and plan.long_seconds:
-            _long_runs(run, plan, asked, log)
         probes = [asked.ask("bandwidth", threads=threads)["bandwidth"] for threads in plan.threads if run]
     return Samples(
         machine=machine,
@@ -176,6 +174,8 @@ def _rounds(entries: Sequence[Entry], threads: int, plan: Protocol, probe: Worke
                         refuse_change(said, contender.name, None, number, found["said"])
                         log.first_tokens.append(_first_token(contender.name, threads, number, found))
                 log.states.append(_state(probe, threads, number, "after"))
+        if plan.long_seconds and threads == max(plan.threads):
+            _long_runs(workers, threads, vocab, plan, probe, log)
 
 
 def _work(regime: Regime, vocab: int, most: int | None = None) -> dict[str, Any]:
@@ -224,13 +224,14 @@ def refuse_change(
         )
 
 
-def _long_runs(entries: Sequence[Entry], plan: Protocol, probe: Worker, log: _Log) -> None:
-    threads = max(plan.threads)
-    for contender, launch in entries:
-        with console.step(f"long run: {contender.name}"), Worker(launch) as worker:
-            work = _work(plan.long_regime, worker.open(threads)["vocab"])
+def _long_runs(
+    workers: Mapping[str, Worker], threads: int, vocab: int, plan: Protocol, probe: Worker, log: _Log
+) -> None:
+    """One contender after another; each heats the device for itself."""
+    for name, worker in workers.items():
+        with console.step(f"long run: {name}"):
             log.states.append(_state(probe, threads, -1, "before"))
-            found = worker.ask("long_run", **work, seconds=plan.long_seconds)
+            found = worker.ask("long_run", **_work(plan.long_regime, vocab), seconds=plan.long_seconds)
             log.states.append(_state(probe, threads, -1, "after"))
         turns = tuple(tuple(turn) for turn in found["decode_ns"])
-        log.long_runs.append(LongRun(contender=contender.name, threads=threads, decode_ns=turns))
+        log.long_runs.append(LongRun(contender=name, threads=threads, decode_ns=turns))

@@ -74,7 +74,7 @@ class Worker:
     def ask(self, request: str, **arguments: Any) -> dict[str, Any]:
         """One request and its answer. ExportError when the worker refuses, dies or hangs."""
         assert self._process.stdin and self._process.stdout
-        timer = threading.Timer(ANSWER_SECONDS, self._stop)
+        timer = threading.Timer(ANSWER_SECONDS + arguments.get("seconds", 0), self._stop)
         timer.start()
         try:
             print(json.dumps({"do": request, **arguments}), file=self._process.stdin, flush=True)
