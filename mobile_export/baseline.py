@@ -71,7 +71,7 @@ def of_parity(before: ParityReport, now: ParityReport) -> list[Change]:
     ExportError: they are of different models or targets, or have no such stage in common.
     """
     refuse_others([("model", before.model, now.model), ("checkpoint", before.checkpoint, now.checkpoint)])
-    refuse_others([("target", before.target, now.target)])
+    refuse_others([("target", before.target, now.target), ("device", before.device, now.device)])
     old = {(line.stage, line.against, line.metrics.positions): line.metrics for line in before.stages}
     changes = []
     for line in now.stages:

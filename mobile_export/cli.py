@@ -108,6 +108,7 @@ def _progress(line: str) -> None:
 @click.option("--quick", is_flag=True, help="The short prompts only; no committed golden is needed.")
 @click.option("--artifact-only", is_flag=True, help="Only the artefact against the golden.")
 @click.option("--runtime", type=click.Choice(["coreml"]), help="On a Mac, untested: in Core ML itself too.")
+@click.option("--device", metavar="qemu-arm64[:CPU]", help="Run the artefact there; CPU e.g. cortex-a72.")
 @click.option("--baseline", type=click.Path(path_type=Path), help="A --json of before: exit 1 if worse.")
 @JSON
 def parity(
@@ -116,6 +117,7 @@ def parity(
     quick: bool,
     artifact_only: bool,
     runtime: str | None,
+    device: str | None,
     baseline: Path | None,
     as_json: bool,
 ) -> None:
@@ -132,7 +134,8 @@ def parity(
     opened = load(bundle)
     verify(opened)
     report = run(
-        inputs(opened, model=model, short=quick, runtime=runtime), STAGES[-1:] if artifact_only else STAGES
+        inputs(opened, model=model, short=quick, runtime=runtime, device=device),
+        STAGES[-1:] if artifact_only else STAGES,
     )
     if as_json:
         _print_json(report)

@@ -99,6 +99,8 @@ class ParityReport(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     target: str = ""
     """The artefact's, as its manifest names it, and the digest of its recipe."""
     recipe: str = ""
+    device: str = ""
+    """Where the artefact ran, e.g. `qemu-arm64:cortex-a72`; empty: on the machine that wrote this."""
     stages: tuple[StageResult, ...]
     consistency: tuple[Consistency, ...] = ()
     claim: str = ""
@@ -251,7 +253,8 @@ def table(report: ParityReport) -> tuple[str, list[str], list[list[str]]]:
         for group in report.consistency
         for way in group.ways
     ]
-    return f"{report.model}: parity over {positions:,} positions", headings.split("|"), rows
+    where = f" on {report.device}" if report.device else ""
+    return f"{report.model}: parity{where} over {positions:,} positions", headings.split("|"), rows
 
 
 def _cells(m: Metrics) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
+import platformdirs
 import pytest
 
 import mobile_export
@@ -45,6 +46,12 @@ def pytest_runtest_protocol(item, nextitem):
         return (yield)
     finally:
         os.environ[CACHE] = before
+
+
+@pytest.fixture(scope="session")
+def users_cache():
+    """The user's own cache, for what is fetched there once and is no model."""
+    return Path(USERS_CACHE) if USERS_CACHE else platformdirs.user_cache_path("mobile-export")
 
 
 @pytest.fixture(scope="session")

@@ -73,9 +73,10 @@ class Remote:
         )
 
     @property
-    def gone(self) -> dict[int, str]:
+    def gone(self) -> dict[int, ExportError]:
         """For `Launch.gone`."""
-        return {_LOST: f"the connection to '{self.destination}' was lost"}
+        lost = f"the connection to '{self.destination}' was lost"
+        return {_LOST: ExportError(lost, "look after the device, then run it again")}
 
 
 def parse(address: str) -> Remote:

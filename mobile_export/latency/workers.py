@@ -32,8 +32,8 @@ class Launch:
     spec: dict[str, Any]
     """For `worker.runner`: `kind`, `path`, the artefact's `files` in it, and that kind's options."""
     env: dict[str, str] = field(default_factory=dict)
-    gone: dict[int, str] = field(default_factory=dict)
-    """What an exit code of `command` means, where it is not the worker's own."""
+    gone: dict[int, ExportError] = field(default_factory=dict)
+    """What an exit code of `command` (-N: signal N) means, where it is not the worker's own."""
 
 
 class Worker:
@@ -97,7 +97,7 @@ class Worker:
     def _died(self, request: str) -> ExportError:
         code = self._process.wait()
         if code in self._launch.gone and not self._late:
-            return ExportError(self._launch.gone[code], "look after the device, then run it again")
+            return self._launch.gone[code]
         how = _signal(-code if code < 0 else code - 128) or f"exit code {code}"
         if self._late:
             how = f"no answer in {ANSWER_SECONDS:.0f} s"

@@ -19,6 +19,7 @@ from mobile_export.latency.devices import Spec
         ("adb:10.0.0.2:5555", Spec("adb", "10.0.0.2:5555")),
         ("ios:00008110-0", Spec("ios", "00008110-0")),
         ("qemu-arm64", Spec("qemu-arm64")),
+        ("qemu-arm64:cortex-a72", Spec("qemu-arm64", "cortex-a72")),
     ],
 )
 def test_a_device_reads_back_as_it_was_named(text, spec):
@@ -34,7 +35,7 @@ def test_a_device_reads_back_as_it_was_named(text, spec):
         ("ssh:", "'ssh:' does not name a device; write ssh:USER@HOST"),
         ("adb:", "'adb:' does not name a device; write adb"),
         ("host:1", "'host:1' does not name a device; write host"),
-        ("qemu-arm64:x", "'qemu-arm64:x' does not name a device; write qemu-arm64"),
+        ("qemu-arm64:", "'qemu-arm64:' does not name a device; write qemu-arm64"),
     ],
 )
 def test_what_names_no_device(text, reason):

@@ -3,7 +3,8 @@
 Such a module has
 
 - `open(spec, options) -> Device`: raises ExportError when the device is not to be had;
-- `found() -> list[Found]`: what is there without being named, quickly and without an error.
+- `found() -> list[Found]`: what is there without being named, quickly and without an error;
+- where parity runs on it, `runner(spec, folder) -> Runner`: a bundle's artefact there, a context manager.
 """
 
 from __future__ import annotations
@@ -23,13 +24,14 @@ from mobile_export.errors import ExportError, nearest
 if TYPE_CHECKING:
     from mobile_export.latency import protocol
     from mobile_export.latency.workers import Launch
+    from mobile_export.types import Runner
 
 FORMS: dict[str, tuple[str, Literal["no", "must", "may"]]] = {
     "host": ("host", "no"),
     "ssh": ("ssh:USER@HOST[:PORT]", "must"),
     "adb": ("adb[:SERIAL]", "may"),
     "ios": ("ios[:UDID]", "may"),
-    "qemu-arm64": ("qemu-arm64", "no"),
+    "qemu-arm64": ("qemu-arm64[:CPU]", "may"),
 }
 """How each kind is written, and whether an address follows it."""
 
@@ -117,6 +119,19 @@ def open_device(spec: Spec, options: Options) -> AbstractContextManager[Device]:
     """The device itself, for a `with` block, at whose end nothing of ours runs there."""
     opened: AbstractContextManager[Device] = module(spec.kind).open(spec, options)
     return opened
+
+
+def runner(name: str, folder: Path) -> AbstractContextManager[Runner]:
+    """The artefact of the bundle in `folder`, run on a device. ExportError: parity does not run there."""
+    spec = parse(name)
+    there = module(spec.kind)
+    if not hasattr(there, "runner"):
+        ours = [kind for kind in present() if hasattr(module(kind), "runner")]
+        raise ExportError(
+            f"parity does not run on {spec.kind}", f"use {', '.join(ours)}, or leave out --device"
+        )
+    made: AbstractContextManager[Runner] = there.runner(spec, folder)
+    return made
 
 
 def discover() -> list[Found]:
