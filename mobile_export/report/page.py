@@ -14,7 +14,7 @@ from mobile_export import blame
 from mobile_export.blame import BlameReport, Tap
 from mobile_export.console import human_bytes
 from mobile_export.parity import StageResult
-from mobile_export.report.data import BundleData, Report
+from mobile_export.report.data import BundleData, BundleParity, Report
 from mobile_export.report.figures import Bar, Series, bars, lines, treemap
 from mobile_export.report.speeds import BenchFigures, Figure
 
@@ -67,8 +67,8 @@ def render(report: Report) -> str:
         proofs={one.name: proofs(report, one) for one in report.bundles},
         treemaps={one.name: treemap(one.parts) for one in report.bundles},
         groups={one.name: _groups(one) for one in report.bundles},
-        parity_bars={one.bundle: _parity_bars(one.report.stages) for one in report.parity},
-        by_position={one.bundle: _by_position(one.report.stages) for one in report.parity},
+        parity=[(_where(one), one.report, _parity_bars(one.report.stages)) for one in report.parity],
+        by_position=[(_where(one), _by_position(one.report.stages)) for one in report.parity],
         errors=[_errors(one.report) for one in report.blames],
         verdicts=[blame.verdict(one.report) for one in report.blames],
         worst=[blame.table(one.report) for one in report.blames],
@@ -80,7 +80,7 @@ def render(report: Report) -> str:
 def proofs(report: Report, one: BundleData) -> list[Proof]:
     """Against the source: what parity measured, else the export's own check on the short prompts."""
     measured = [
-        Proof(line.stage, line.metrics)
+        Proof(f"{line.stage} on {found.report.device}" if found.report.device else line.stage, line.metrics)
         for found in report.parity
         if found.bundle == one.name
         for line in found.report.stages
@@ -107,6 +107,11 @@ def _groups(one: BundleData) -> list[tuple[str, int, float]]:
     for part in one.parts:
         sizes[part.group] = sizes.get(part.group, 0) + part.bytes
     return [(group, size, size / one.artifact_bytes) for group, size in sizes.items()]
+
+
+def _where(one: BundleParity) -> str:
+    """The bundle, and the device it ran on where that was another than the one that wrote the report."""
+    return f"{one.bundle} on {one.report.device}" if one.report.device else one.bundle
 
 
 def _parity_bars(stages: Sequence[StageResult]) -> Any:

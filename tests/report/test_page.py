@@ -111,6 +111,15 @@ def test_a_failed_stage_is_seen(whole):
     assert "FAIL" not in Elements(render(whole)).text
 
 
+def test_parity_on_a_device_stands_beside_parity_here(whole):
+    (found,) = whole.parity
+    there = msgspec.structs.replace(found.report, device="qemu-arm64")
+    both = (found, msgspec.structs.replace(found, report=there))
+    elements = Elements(render(changed(whole, parity=both)))
+    assert "ios on qemu-arm64 ok" in elements.text and "ios ok" in elements.text
+    assert "artifact fp16 on qemu-arm64" in elements.text
+
+
 def test_a_stage_that_is_not_finite_is_drawn_without_a_number(whole):
     (found,) = whole.parity
     first = found.report.stages[0]
