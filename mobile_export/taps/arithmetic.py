@@ -11,6 +11,7 @@ from mobile_export.taps.points import Point
 if TYPE_CHECKING:
     from torch import Tensor
 
+_ROWS = 8192
 FP32, FP16, INT8 = 1e-4, 2e-3, 2e-2
 """Relative errors that a value may have for being computed or kept in that type."""
 
@@ -56,12 +57,24 @@ class Int8Weights(Plain):
         """The operator of the rounded weight."""
         if point.role not in ("product", "embedding"):
             return None
-        from mobile_export.passes.rounding import quantize_per_channel
+        import torch
 
-        at = 1 if point.role == "product" else 0
-        codes, scales = quantize_per_channel(args[at].detach())
-        rounded = codes.float() * scales[:, None]
-        return point.node.target(*args[:at], rounded, *args[at + 1 :])  # type: ignore[operator]
+        if point.role == "embedding":
+            weight, ids = args[:2]
+            return _nearest(weight.detach()[ids[0]])[None]
+        operand, weight, *bias = args
+        linear = torch.nn.functional.linear
+        parts = [linear(operand, _nearest(part)) for part in weight.detach().split(_ROWS)]
+        product = torch.cat(parts, -1)  # in parts: the head's weight is a quarter of the model
+        return product if not bias or bias[0] is None else product + bias[0]
+
+
+def _nearest(weight: Tensor) -> Tensor:
+    """Rows rounded to int8, each with its own scale."""
+    from mobile_export.passes.rounding import quantize_per_channel
+
+    codes, scales = quantize_per_channel(weight)
+    return codes.float() * scales[:, None]
 
 
 def _per_token(x: Tensor) -> Tensor:
