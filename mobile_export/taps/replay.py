@@ -19,7 +19,7 @@ _Tap = Callable[[int, Point, "Tensor", tuple[Any, ...]], "Tensor"]
 """(number of the call, point, its value, the operator's arguments) -> the value to go on with."""
 
 COLUMN = 5.0
-"""Times its expected error, a column of a sound model never errs: of 151,936 the worst measured is 3."""
+"""Times what is expected of it, a column errs before it is guilty by itself."""
 
 
 class Arithmetic(Protocol):
