@@ -292,7 +292,7 @@ class _Lowering:
     def _value(self, node: Node) -> str:
         """What a node computes; after the last attention, at the read positions only."""
         if node not in self.values:
-            raise ExportError(f"ONNX has no form for {node.target}", "report the model's name to us")
+            raise ExportError(f"ONNX has no form for {self._formless(node)}", "report the model's name to us")
         value = self.values[node]
         if isinstance(value, _Part):
             value = self._split(value)
@@ -300,6 +300,16 @@ class _Lowering:
             value = self._read(value)
             self._set(node, value)
         return value
+
+    def _formless(self, node: Node) -> Any:
+        """The op at which the way to a node without a value begins."""
+        forms = self._forms()
+        while node.target in forms:
+            missing = [one for one in node.all_input_nodes if one not in self.values]
+            if not missing:
+                break
+            node = missing[0]
+        return node.target
 
     def _read(self, value: str) -> str:
         """The rows at `positions`: the last layer's MLP and the head compute no others."""

@@ -17,10 +17,12 @@ import mobile_export
 from mobile_export.errors import ExportError
 from mobile_export.parity import kl_divergence
 from mobile_export.recipe import ONNX as Options
+from mobile_export.rewrite import editable, reexport, swap
 from mobile_export.targets import onnx, reference
 from mobile_export.targets.onnx_file import PAGE, data_file
 from mobile_export.targets.onnx_graph import build
 from mobile_export.targets.onnx_weights import codes_of
+from mobile_export.types import Program
 
 FAMILIES = ("qwen2", "qwen3", "llama")
 TOKENS = [3 + 37 * index % 1000 for index in range(64)]
@@ -243,9 +245,14 @@ def test_threads_do_not_change_what_it_says(made):
     assert np.abs(one - two).max() < 1e-4
 
 
-def test_a_program_that_is_not_quantized_is_refused_by_the_ops_name(programs_of, spec, tmp_path):
-    with pytest.raises(ExportError, match=r"aten\.embedding"):
-        onnx.lower(programs_of(spec())[1], EXACT, tmp_path / "model.onnx")
+def test_an_op_without_a_form_is_refused_by_its_name(programs_of, spec, tmp_path):
+    program = programs_of(spec())[2]
+    module = editable(program.exported)
+    for node in module.graph.find_nodes(op="call_function", target=torch.ops.aten.silu.default):
+        swap(node, torch.ops.aten.sigmoid.default, node.args)
+    other = Program(reexport(module, program), program.dims)
+    with pytest.raises(ExportError, match=r"ONNX has no form for aten\.sigmoid"):
+        onnx.lower(other, EXACT, tmp_path / "model.onnx")
 
 
 def test_telemetry_is_off_before_the_runtime_loads():
