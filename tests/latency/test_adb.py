@@ -119,7 +119,9 @@ def test_the_command_writes_a_report_in_which_nothing_is_a_speed(serve, bundle, 
     assert len(report.long_runs) == 1
     device, checked = done.stdout.splitlines()
     assert device.startswith("adb:FAKE0001: none, 8 cores, Nobody Fake, Android 16")
-    assert checked.startswith("executorch on adb:FAKE0001: not a speed (a fake device of a test); source's tokens 64")
+    assert checked.startswith(
+        "executorch on adb:FAKE0001: not a speed (a fake device of a test); source's tokens 64"
+    )
     assert done.returncode == 2 and not names[1].exists()
     assert "nothing in this report is a speed: a fake device of a test" in done.stderr
 
