@@ -33,6 +33,8 @@ class ExecuTorch(_Table, frozen=True):
     """Type of the KV cache inside the `.pte`: int8 is per token and head, with fp32 scales."""
     all_logits: bool = True
     """Add the method `forward_all` (logits at every position) that full parity needs."""
+    mlp_parts: int = 1
+    """Parts of each MLP whose activations are rounded apart; one where it does not divide the width."""
 
 
 class CoreML(_Table, frozen=True):

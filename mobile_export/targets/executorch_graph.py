@@ -11,6 +11,7 @@ import operator
 from typing import TYPE_CHECKING, Any
 
 from mobile_export.rewrite import editable, rotary_tables, tensor_of, tidy
+from mobile_export.targets.executorch_mlp import split_mlps
 
 if TYPE_CHECKING:
     import torch
@@ -80,7 +81,7 @@ class _Lowering:
             for part in _cache_parts(options, program.dims)
             if part != "cache"
         }
-        self.half = options.kv_cache == "fp16"
+        self.half, self.parts = options.kv_cache == "fp16", options.mlp_parts
         self.position = self._placeholder("position")
         self.cos, self.sin = self._rotary_rows(*rotary_tables(program))
         self.quantized: dict[Node, Node] = {}
@@ -90,6 +91,7 @@ class _Lowering:
         output: Any = self.graph.output_node()
         output.args = (output.args[0][0],)
         self._keep_last(output.args[0])
+        split_mlps(self.module, self.parts)
         forms = self._forms()
         for node in list(self.graph.nodes):
             form = forms.get(node.target)
@@ -154,7 +156,10 @@ class _Lowering:
         row = self._constant(f"mean_{width}", torch.full((1, width), 1.0 / width))
         mean = self._call(self.aten.linear.default, self._call(self.aten.mul.Tensor, x, x), row)
         factor = self._call(self.aten.rsqrt.default, self._call(self.aten.add.Tensor, mean, eps))
-        return self._call(self.aten.mul.Tensor, self._call(self.aten.mul.Tensor, x, factor), weight)
+        unit = self._call(self.aten.mul.Tensor, x, factor)
+        if bool((tensor_of(self.module, weight) == 1).all()):
+            return unit
+        return self._call(self.aten.mul.Tensor, unit, weight)
 
     def _rotary(self, node: Node, x: Node, cos: Node, sin: Node) -> Node:
         import torch
