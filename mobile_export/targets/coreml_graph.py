@@ -169,9 +169,13 @@ class _Writer:
         )
 
     def _linear(self, node: Node, x: Node, codes: Node, scales: Node, bias: Node | None) -> Any:
-        extra = {"bias": self._attribute(bias)} if bias is not None else {}
+        added = (
+            self._attribute(bias)
+            if bias is not None
+            else self._zeros(tensor_of(self.module, scales).shape[0])
+        )
         what = _base(codes)
-        return self._op("linear", what, x=self._of(x), weight=self._weight(codes, scales), **extra)
+        return self._op("linear", what, x=self._of(x), weight=self._weight(codes, scales), bias=added)
 
     def _embedding(self, node: Node, ids: Node, codes: Node, scales: Node) -> Any:
         weight = self._weight(codes, scales)
@@ -196,6 +200,8 @@ class _Writer:
         floor = self._op("mul", f"{what}_floor", x=floor, y=floor)
         power = self._op("add", f"{what}_power", x=mean, y=floor)
         factor = self._op("rsqrt", f"{what}_rsqrt", x=power)
+        if bool((tensor_of(self.module, weight) == 1).all()):
+            return self._op("mul", what, x=scaled, y=factor)
         unit = self._op("mul", f"{what}_unit", x=scaled, y=factor)
         return self._op("mul", what, x=unit, y=self._attribute(weight))
 
@@ -293,6 +299,12 @@ class _Writer:
     def _attribute(self, node: Node) -> Any:
         name = str(node.target).replace(".", "_")
         return self._const(name, lambda: tensor_of(self.module, node).detach(), "float16")
+
+    def _zeros(self, size: int) -> Any:
+        """A bias of its own, shared: the one that `linear` makes is stored for each layer and function."""
+        import numpy as np
+
+        return self._const(f"zeros_{size}", lambda: np.zeros(size), "float16")
 
     def _table(self, name: str) -> Any:
         return self._const(name, lambda: self.functions.tables[name], "float16")

@@ -87,6 +87,11 @@ def test_what_the_package_holds(lowered):
         assert ops.count("write_state") == 2 * layers
         tables = {op.outputs[0].name: op.type for op in package.operations(function) if op.outputs}
         assert tables["rotary_cos"] == tables["rotary_sin"] == "const"
+        biases = [
+            op.inputs["bias"].arguments[0].name for op in package.operations(function) if op.type == "linear"
+        ]
+        assert len(biases) == 7 * layers + 1
+        assert len([name for name in set(biases) if not name.endswith("_bias")]) <= 4, "zeros, one a width"
     assert len({codes.blob for codes in package.codes().values()}) == len(package.codes())
     for function in package.spec.description.functions:
         assert all(one.shortDescription for one in (*function.input, *function.output, *function.state))
