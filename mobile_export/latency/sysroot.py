@@ -22,9 +22,16 @@ import msgspec
 from mobile_export import console
 from mobile_export.checkpoint import cache
 from mobile_export.errors import ExportError
+from mobile_export.latency import stubs
 
 _TAGS = ("manylinux_2_28_aarch64", "manylinux_2_27_aarch64", "manylinux_2_17_aarch64")
+_TRIPLE = "aarch64-linux-gnu"
 _ONLINE = "connect once to Debian's mirror and a package index, then run it again"
+_AFTER_C = "\n\nclass SymInt:\n"
+_NO_DISTRIBUTED = """
+for _name in ("_c10d_init", "_rpc_init", "_dist_autograd_init", "_faulty_agent_init"):
+    vars(sys.modules["torch._C"]).pop(_name, None)
+"""
 _APT = """APT::Architecture "arm64";
 APT::Architectures {{ "arm64"; }};
 APT::Sandbox::User "root";
@@ -39,6 +46,12 @@ class Wheel(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     version: str
     sha256: str
+    leave_out: tuple[str, ...] = ()
+    """How the names of members begin that are not unpacked."""
+    replace: dict[str, str] = {}
+    """Members that get another text."""
+    stubs: tuple[str, ...] = ()
+    """Libraries in `torch/lib` that are made here: see `stubs.py`."""
 
 
 class Contents(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -65,8 +78,19 @@ def debian() -> Path:
 def wheel(name: str) -> Path:
     """The folder that holds that package alone. ExportError: no network, or other bytes."""
     wanted = contents().wheels[name]
-    digest = _digest([wanted.version, wanted.sha256])
-    return _made(f"{name}-{digest}", lambda folder: _unpack_wheel(name, wanted, folder))
+    digest = _digest([msgspec.json.encode(wanted).decode(), _NO_DISTRIBUTED if wanted.stubs else ""])
+
+    def write(folder: Path) -> None:
+        _unpack_wheel(name, wanted, folder)
+        if wanted.stubs:
+            _make_stubs(folder / "torch", wanted.stubs)
+
+    return _made(f"{name}-{digest}", write)
+
+
+def bytecode() -> Path:
+    """Where the emulated Python keeps what it compiled."""
+    return cache.root() / "qemu-arm64" / "bytecode"
 
 
 def _digest(parts: Iterable[str]) -> str:
@@ -112,7 +136,28 @@ def _unpack_wheel(name: str, wanted: Wheel, folder: Path) -> None:
         _run(command, f"cannot fetch {name} {wanted.version} for aarch64")
         (file,) = Path(temporary).glob("*.whl")
         with zipfile.ZipFile(file) as archive:
-            archive.extractall(folder)
+            members = [one for one in archive.namelist() if not one.startswith(wanted.leave_out)]
+            archive.extractall(folder, members)
+    for member, text in wanted.replace.items():
+        (folder / member).write_text(text, "utf-8")
+
+
+def _make_stubs(torch: Path, names: Sequence[str]) -> None:
+    """One library under all those names; and no torch.distributed, which needs one of them when imported."""
+    root, lib = debian(), torch / "lib"
+    folders = (root / "lib" / _TRIPLE, root / "usr" / "lib" / _TRIPLE)
+    others = [path for folder in folders for path in folder.glob("*.so*") if path.is_file()]
+    others.append(root / "usr" / "bin" / f"python{contents().python}")
+    wanted = stubs.missing(sorted(lib.glob("*.so*")), others)
+    first, *more = names
+    (lib / first).write_bytes(stubs.library(wanted))
+    for name in more:
+        (lib / name).symlink_to(first)
+    start = torch / "__init__.py"
+    before, found, after = start.read_text("utf-8").partition(_AFTER_C)
+    if not found:
+        raise ExportError("this torch starts otherwise than the one pinned", "use the pinned version")
+    start.write_text(before + _NO_DISTRIBUTED + found + after, "utf-8")
 
 
 def _run(command: Sequence[str], what: str, **options: Any) -> None:

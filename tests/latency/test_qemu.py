@@ -11,7 +11,7 @@ from mobile_export.bundle import load
 from mobile_export.checkpoint import cache
 from mobile_export.errors import ExportError
 from mobile_export.export import export
-from mobile_export.latency import bench, sysroot
+from mobile_export.latency import bench, stubs, sysroot
 from mobile_export.latency.devices import Options, discover, module, open_device, parse, qemu_arm64, runner
 from mobile_export.latency.protocol import Protocol, Regime
 from mobile_export.latency.workers import Worker
@@ -32,6 +32,21 @@ ctypes.CFUNCTYPE(None)(ctypes.addressof(ctypes.c_char.from_buffer(code)))()
 input()
 print("{}", flush=True)
 """
+
+LOADED = """
+import ctypes, sys
+lib = ctypes.CDLL(sys.argv[1])
+assert all(hasattr(lib, name) for name in sys.argv[2:]) and not hasattr(lib, "cudaFree")
+find = ctypes.CDLL(None).dlvsym
+find.argtypes, find.restype = (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_char_p), ctypes.c_void_p
+assert find(lib._handle, b"cudaMalloc", b"libcudart.so.13") and not find(lib._handle, b"cudaMalloc", b"other")
+lib.cudaMalloc.restype = ctypes.c_void_p
+assert ctypes.string_at(lib.cudaMalloc(), 64) == bytes(64)
+assert (ctypes.c_char_p * 2).in_dll(lib, "_ZTI3Foo")[1] == b"3Foo"
+input()
+print("{}", flush=True)
+"""
+STUBBED = {b"cudaMalloc": b"libcudart.so.13", b"_ZTI3Foo": b"", b"_ZTV3Foo": b"", b"_ZN3Foo3barEv": b""}
 
 
 @pytest.fixture
@@ -69,6 +84,14 @@ def test_parity_of_arms_own_int8_kernels(onnx_bundle, arm64):
 
 
 @needs_qemu
+def test_a_pte_in_the_wheel_of_arm(sandbox_bundle, arm64):
+    here = target("executorch").open(sandbox_bundle.path("program")).logits(TEXT, 0)
+    with runner("qemu-arm64", sandbox_bundle.folder) as there:
+        # XNNPACK's products are exact sums of int8: other instructions, the same sums.
+        assert abs(there.logits(TEXT, 0) - here).max() < 1e-4
+
+
+@needs_qemu
 def test_a_bench_checks_there_and_times_nothing(onnx_bundle, arm64):
     report = bench.bench([onnx_bundle.folder], device="qemu-arm64:max", plan=PLAN)
     assert report.device.name == "qemu-arm64:max" and report.device.not_speed == "emulated by qemu"
@@ -81,10 +104,11 @@ def test_an_instruction_that_the_processor_lacks(arm64, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def run(processor):
-        with open_device(parse(processor), Options()) as emulator:
-            launch = emulator.python("onnx", ("-c", DOT))
-            with Worker(launch) as worker:
-                return worker.ask("anything")
+        with (
+            open_device(parse(processor), Options()) as emulator,
+            Worker(emulator.python("onnx", ("-c", DOT))) as worker,
+        ):
+            return worker.ask("anything")
 
     assert run("qemu-arm64:cortex-a76") == {}
     with pytest.raises(ExportError) as error:
@@ -94,6 +118,16 @@ def test_an_instruction_that_the_processor_lacks(arm64, tmp_path, monkeypatch):
         "export it with accuracy_level = 0 in the recipe's [onnx]"
     )
     assert not list(tmp_path.iterdir()), "qemu leaves no core file"
+
+
+@needs_qemu
+def test_arms_loader_takes_the_stand_in_for_libraries_that_nothing_calls(arm64, tmp_path):
+    path = tmp_path / "stubs.so"
+    path.write_bytes(stubs.library(STUBBED))
+    with open_device(parse("qemu-arm64"), Options()) as emulator:
+        names = (name.decode() for name in STUBBED)
+        with Worker(emulator.python("probe", ("-c", LOADED, str(path), *names))) as worker:
+            assert worker.ask("anything") == {}
 
 
 def test_a_processor_that_qemu_arm64_does_not_know():

@@ -25,6 +25,7 @@ from mobile_export.latency.devices import Entry, Found, Options, Spec
 from mobile_export.latency.devices.host import WORKER, bundle_spec
 from mobile_export.latency.protocol import DeviceInfo, Protocol, Samples
 from mobile_export.latency.workers import Launch, RemoteRunner, Worker
+from mobile_export.targets import SOLO_BLAS
 
 QEMU = "qemu-aarch64"
 NOT_SPEED = "emulated by qemu"
@@ -58,7 +59,7 @@ CPUS = {
 """By name. The first is the default: dot products, as phones have had since 2018; a Cortex-A72, the
 Raspberry Pi 4B's, has none; `max` has all that this qemu knows."""
 
-_NEEDS = {"onnx": ("onnxruntime",)}
+_NEEDS = {"onnx": ("onnxruntime",), "executorch": ("executorch", "torch", "typing_extensions")}
 """Wheels that run a target's artefact."""
 _ALWAYS = ("numpy", "msgspec", "psutil")
 _INSTEAD = {"onnx": "export it with accuracy_level = 0 in the recipe's [onnx]"}
@@ -95,8 +96,9 @@ class Emulator:
         env = {
             "PYTHONHOME": str(self.root / "usr"),
             "PYTHONPATH": os.pathsep.join([str(self.root / "package"), *wheels]),
-            "PYTHONDONTWRITEBYTECODE": "1",
+            "PYTHONPYCACHEPREFIX": str(sysroot.bytecode()),
             "PYTHONNOUSERSITE": "1",
+            **SOLO_BLAS,
         }
         lacks = f"{self.name} lacks an instruction that the kernels of '{what}' use (SIGILL)"
         instead = _INSTEAD.get(what, "name another processor")
@@ -121,8 +123,7 @@ def open(spec: Spec, options: Options) -> Iterator[Emulator]:  # noqa: A001
             (root / entry.name).symlink_to(entry)
         (root / "package").mkdir()
         (root / "package" / "mobile_export").symlink_to(Path(mobile_export.__file__).parent)
-        (root / "proc").mkdir()
-        (root / "proc" / "cpuinfo").write_text(_cpuinfo(name, version), "utf-8")
+        _describe(name, version, root)
         info = DeviceInfo(name=f"{spec.kind}:{name}", kind=spec.kind, not_speed=NOT_SPEED)
         yield Emulator(info, name, root)
 
@@ -150,9 +151,9 @@ def _version() -> str:
     return number[1] if number else "of unknown version"
 
 
-def _cpuinfo(name: str, version: str) -> str:
-    """/proc/cpuinfo as an ARM kernel writes it; qemu 7.2 shows this machine's, which crashes the runtimes'
-    detection of processors."""
+def _describe(name: str, version: str, root: Path) -> None:
+    """/proc/cpuinfo and each core's MIDR_EL1 as an ARM kernel shows them; qemu 7.2 shows this machine's,
+    which crashes the runtimes' detection of processors."""
     cpu = CPUS[name]
     lines = (
         f"model name\t: {name}, {NOT_SPEED} {version}",
@@ -163,4 +164,11 @@ def _cpuinfo(name: str, version: str) -> str:
         f"CPU revision\t: {cpu.revision}",
     )
     cores = range(os.cpu_count() or 1)
-    return "".join("\n".join([f"processor\t: {core}", *lines, "", ""]) for core in cores)
+    text = "".join("\n".join([f"processor\t: {core}", *lines, "", ""]) for core in cores)
+    (root / "proc").mkdir()
+    (root / "proc" / "cpuinfo").write_text(text, "utf-8")
+    midr = cpu.implementer << 24 | cpu.variant << 20 | 0xF << 16 | cpu.part << 4 | cpu.revision
+    for core in cores:
+        folder = root / "sys/devices/system/cpu" / f"cpu{core}" / "regs/identification"
+        folder.mkdir(parents=True)
+        (folder / "midr_el1").write_text(f"{midr:#018x}\n", "utf-8")
