@@ -62,7 +62,10 @@ Raspberry Pi 4B's, has none; `max` has all that this qemu knows."""
 _NEEDS = {"onnx": ("onnxruntime",), "executorch": ("executorch", "torch", "typing_extensions")}
 """Wheels that run a target's artefact."""
 _ALWAYS = ("numpy", "msgspec", "psutil")
-_INSTEAD = {"onnx": "export it with accuracy_level = 0 in the recipe's [onnx]"}
+_INSTEAD = {
+    "onnx": "export it with accuracy_level = 0 in the recipe's [onnx]",
+    "executorch": "export it with `mobile-export onnx`, or build ExecuTorch for that processor",
+}
 """What to do about a target's kernels where a processor lacks an instruction."""
 
 
