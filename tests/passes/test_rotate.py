@@ -178,7 +178,7 @@ def test_the_same_bytes_each_time_and_with_one_thread(small, tmp_path):
     try:
         for count in (threads, 1):
             torch.set_num_threads(count)
-            folder = tmp_path / str(count)
+            folder = tmp_path / str(len(written))
             folder.mkdir()
             programs.save(Rotate().run(traced, ON), folder)
             written.append({path.name: path.read_bytes() for path in folder.iterdir()})
