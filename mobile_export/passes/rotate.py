@@ -24,7 +24,11 @@ if TYPE_CHECKING:
     from mobile_export.types import Dims
 
 MIX = "final_mix_weight"
-"""Before a tied head: Q^T diag(w) Q of the last norm's weight w, which the embedding cannot carry."""
+"""Before a tied head: Q^T diag(w / m - 1) Q of the last norm's weight w, which the embedding cannot carry.
+
+m is the mean of w; the norm keeps m and `x + x mix` the rest. In one matrix, Q^T diag(w) Q, the diagonal
+is far above all else, and int8 loses the rest.
+"""
 SEED = 2
 """Of all draws; draws differ, see docs/rotation.md."""
 _HINT = "set quantize.rotate = false in the recipe"
@@ -102,16 +106,17 @@ def rotate_stream(module: GraphModule, seed: int) -> None:
     rotation = Rotation.draw(whole.shape[1], seed)
     for norm in norms:
         weight_node: Any = norm.args[1]
-        weight = tensor_of(module, weight_node).detach().double()
+        weight, level = tensor_of(module, weight_node).detach().double(), 1.0
         for reader in list(norm.users):
             matrix: Any = reader.args[1]
             if tensor_of(module, matrix).data_ptr() == whole.data_ptr():
                 reader.args = (reader.args[0], table, *reader.args[2:])
-                square = rotation.columns(rotation.columns(torch.diag(weight)).T)
-                _insert_linear(module, reader, MIX, square)
+                level = float(weight.mean())
+                square = rotation.columns(rotation.columns(torch.diag(weight / level - 1)).T)
+                _insert_residual(module, reader, MIX, square)
             else:
                 _update(module, matrix, lambda part, by=weight: rotation.columns(part * by))  # type: ignore[misc]
-        _update(module, weight_node, torch.ones_like)
+        _put(module, weight_node, torch.full_like(weight, level).float())
     _update(module, table, rotation.columns)
     for writer in writers:
         _update_outputs(module, writer, rotation.columns)
@@ -202,12 +207,13 @@ def _put(module: GraphModule, node: Any, weight: Tensor) -> None:
     setattr(module.get_submodule(owner), attribute, made)
 
 
-def _insert_linear(module: GraphModule, reader: Node, name: str, weight: Tensor) -> None:
-    """A linear of `weight` stands between a linear and what it read."""
+def _insert_residual(module: GraphModule, reader: Node, name: str, weight: Tensor) -> None:
+    """What a linear reads becomes `x + x weight^T`."""
     import torch
 
+    aten, x = torch.ops.aten, reader.args[0]
     module.register_parameter(name, torch.nn.Parameter(weight.float(), requires_grad=False))
     with module.graph.inserting_before(reader):
-        matrix = module.graph.get_attr(name)
-        mixed = module.graph.call_function(torch.ops.aten.linear.default, (reader.args[0], matrix))
+        change = module.graph.call_function(aten.linear.default, (x, module.graph.get_attr(name)))
+        mixed = module.graph.call_function(aten.add.Tensor, (x, change))
     reader.args = (mixed, *reader.args[1:])

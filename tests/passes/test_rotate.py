@@ -113,8 +113,11 @@ def test_every_matrix_is_another_and_the_stream_norms_are_ones(both):
     for name, tensor in before.items():
         if tensor.dim() == 2 and name in after:
             assert after[name].dtype == torch.float32 and not torch.allclose(after[name], tensor), name
-        elif "layernorm" in name or name.endswith("backbone.norm.weight"):
+        elif "layernorm" in name:
             assert torch.equal(after[name], torch.ones_like(tensor)), name
+        elif name == "backbone.norm.weight":
+            level = float(tensor.mean()) if rotate.MIX in after else 1.0
+            torch.testing.assert_close(after[name], torch.full_like(tensor, level))
         elif name.endswith(("q_norm.weight", "k_norm.weight", "q_proj.bias", "k_proj.bias")):
             assert torch.equal(after[name], tensor), name
         elif name.endswith("v_proj.bias"):
@@ -136,7 +139,15 @@ def test_a_tied_head_stays_tied(both):
     Quantize().check(quantized, ON)
     codes = [tensor for name, tensor in quantized.exported.state_dict.items() if name.endswith("_codes")]
     assert len(codes) == 16
+    assert not tied or mix_lost(rotated, quantized) < 1e-4
     assert kl_of(rotated, quantized) < 0.02
+
+
+def mix_lost(rotated, quantized):
+    """Share of the matrix's power that its codes lose."""
+    state, whole = quantized.exported.state_dict, rotated.exported.state_dict[rotate.MIX]
+    made = state["final_mix_codes"] * state["final_mix_scales"][:, None]
+    return float((made - whole).square().sum() / whole.square().sum())
 
 
 def test_a_planted_outlier_leaves_the_residual_stream(traced_of):
