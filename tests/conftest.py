@@ -5,6 +5,7 @@ import mmap
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -25,6 +26,7 @@ CONTEXT = 64
 
 def pytest_sessionstart(session):
     """Unit tests never touch the user's cache or phone, and start no adb server that would stay."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell's children ignore Ctrl-C
     session.config.cache_of_tests = tempfile.mkdtemp(prefix="mobile-export-tests-")
     os.environ[CACHE] = session.config.cache_of_tests
     os.environ["ADB_SERVER_SOCKET"] = "none:"

@@ -92,7 +92,7 @@ def test_a_wrong_scale_is_blamed_on_quantize(given, tmp_path, monkeypatch):
     exported = copy.copy(program.exported)
     name = next(name for name in exported.state_dict if name.endswith("0_mlp_down_proj_scales"))
     exported._state_dict = {**exported.state_dict, name: exported.state_dict[name] * 3}
-    folder = runner._folder(runner.keys_of(checkpoint, given.recipe, passes.PASSES)[1])
+    folder = runner._folder(runner.keys_of(checkpoint, given.recipe, passes.PASSES)[-1])
     shutil.rmtree(folder)
     folder.mkdir()
     programs.save(replace(program, exported=exported), folder, runner._source_weights(checkpoint))
