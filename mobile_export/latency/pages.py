@@ -11,11 +11,16 @@ from pathlib import Path
 
 
 def drop(files: list[Path]) -> bool:
-    """Ask the system to drop files from its page cache; False where it cannot be asked."""
+    """Ask the system to drop files from its page cache; False where it cannot be asked.
+
+    A page that is not on the disk yet stays: `posix_fadvise` passes it over, so that files just written
+    are written out first.
+    """
     if not hasattr(os, "posix_fadvise"):
         return False
     for path in files:
         with path.open("rb") as file:
+            os.fsync(file.fileno())
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     return True
 
