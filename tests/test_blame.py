@@ -3,12 +3,14 @@
 import copy
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import msgspec
 import numpy as np
 import pytest
 import torch
 
+import mobile_export
 from mobile_export import passes, programs
 from mobile_export.blame import BlameReport, table, verdict
 from mobile_export.bundle import Bundle, load
@@ -40,7 +42,7 @@ def bundle_of(sandbox_bundle, tmp_path_factory):
         if platform not in made:
             out = tmp_path_factory.mktemp("blame") / platform
             spec, context = sandbox_bundle.manifest.model.spec, sandbox_bundle.manifest.io.context
-            export(platform, model=spec, context=context, out=out)
+            export(platform, model=spec, context=context, out=out, measure=False)
             made[platform] = load(out)
         return made[platform]
 
@@ -51,6 +53,20 @@ def bundle_of(sandbox_bundle, tmp_path_factory):
 def program(sandbox_bundle):
     given = inputs(sandbox_bundle, short=True)
     return passes.run(given.checkpoint, given.recipe).program
+
+
+@pytest.fixture(scope="module")
+def in_parts(sandbox_bundle, tmp_path_factory):
+    """The small model's ExecuTorch bundle with each MLP in two parts, and its program."""
+    folder = tmp_path_factory.mktemp("parts")
+    text = Path(mobile_export.__file__).with_name("recipes").joinpath("sandbox.toml").read_text()
+    recipe = folder / "parts.toml"
+    recipe.write_text(text.replace("[executorch]", "[executorch]\nmlp_parts = 2"))
+    spec, context = sandbox_bundle.manifest.model.spec, sandbox_bundle.manifest.io.context
+    export("android", model=spec, context=context, recipe=str(recipe), out=folder / "android", measure=False)
+    bundle = load(folder / "android")
+    given = inputs(bundle, short=True)
+    return bundle, passes.run(given.checkpoint, given.recipe).program
 
 
 def scales_of(program, layer, kind):
@@ -184,6 +200,26 @@ def test_a_wrong_matrix_of_a_rotated_program_is_found(altered):
     report = blame(altered("rotate", "0.self_attn.o_proj.weight", edit, rotates))
     assert (report.stage, report.against) == ("rotated", "traced")
     assert (report.guilty.layer, report.guilty.kind) == (0, "mlp.gate_proj")
+
+
+@pytest.mark.parametrize(("kind", "column"), [("gate_proj", 100), ("up_proj", 190), ("down_proj", 17)])
+def test_a_wrong_scale_of_an_mlp_in_parts_is_found(kind, column, in_parts, tmp_path):
+    """The matrix is named, and the column of the whole."""
+    bundle, program = in_parts
+    right = scales_of(program, 1, f"mlp.{kind}")
+    piece = right if kind == "down_proj" else np.split(right, 2)[column // 96]
+    wrong = piece.copy()
+    wrong[column % 96] *= 3
+    broken = altered_copy(bundle, tmp_path / "android", [(piece, wrong)])
+    found = blame(inputs(broken, short=True), ("artifact",)).guilty
+    assert (found.layer, found.kind, found.columns, found.column) == (1, f"mlp.{kind}", 1, column)
+    assert found.factor == pytest.approx(3, abs=0.1)
+
+
+def test_a_sound_mlp_in_parts_blames_nobody(in_parts):
+    report = blame(inputs(in_parts[0], short=True))
+    assert report.guilty is None and len(report.taps) == 31
+    assert all(tap.error <= tap.expected * 1.5 for tap in report.taps)
 
 
 def test_what_is_not_finite_is_found(altered):

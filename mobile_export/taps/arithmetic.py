@@ -39,13 +39,19 @@ class Int8Activations(Plain):
 
     block: int | None = None
     """Columns that share a scale, symmetric; None: a token's own scale and zero point."""
+    mlp_parts: int = 1
+    """Of what down_proj reads, each with a scale and zero point of its own."""
 
     def simulate(self, point: Point, args: tuple[Any, ...]) -> Tensor | None:
         """A product of the rounded operand."""
         if point.role != "product":
             return None
         operand, *weight = args
-        rounded = _per_token(operand) if self.block is None else _per_block(operand, self.block)
+        if self.block is not None:
+            rounded = _per_block(operand, self.block)
+        else:
+            cut = point.place.kind == "mlp.down_proj" and operand.shape[-1] % self.mlp_parts == 0
+            rounded = _per_token(operand.unflatten(-1, (self.mlp_parts if cut else 1, -1))).flatten(-2)
         return point.node.target(rounded, *weight)  # type: ignore[operator]
 
 
@@ -78,7 +84,7 @@ def _nearest(weight: Tensor) -> Tensor:
 
 
 def _per_token(x: Tensor) -> Tensor:
-    """Asymmetric int8, by row."""
+    """Asymmetric int8, by the last dimension."""
     low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
     scale = ((high - low) / 255).clamp(min=1e-30)
     return (x / scale).round() * scale

@@ -16,7 +16,8 @@ _CACHE = {"fp32": FP32, "fp16": FP16, "int8": INT8}
 
 def arithmetic(recipe: Recipe) -> Plain:
     """Products take activations that are rounded to int8 token by token."""
-    return Int8Activations(FP32, _CACHE[recipe.executorch.kv_cache])
+    options = recipe.executorch
+    return Int8Activations(FP32, _CACHE[options.kv_cache], mlp_parts=options.mlp_parts)
 
 
 def values(artifact: Path, points: Sequence[Point], calls: Sequence[Call], recipe: Recipe) -> list[Values]:
@@ -34,7 +35,9 @@ def values(artifact: Path, points: Sequence[Point], calls: Sequence[Call], recip
             made = method.execute((torch.tensor([list(call.tokens)]), torch.tensor([call.start])))
             seen.append(
                 {
-                    point.place: made[outputs[point.role, point.index]].float()[0].flatten(1).clone()
+                    point.place: torch.cat(
+                        [made[at].float()[0].flatten(1) for at in outputs[point.role, point.index]], 1
+                    )
                     for point in points
                     if (point.role, point.index) in outputs
                 }

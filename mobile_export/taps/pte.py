@@ -19,8 +19,8 @@ from mobile_export.taps.xnnpack import Graph
 Tap = tuple[Role, int]
 
 
-def tap(artifact: Path, out: Path, rows: int) -> dict[Tap, int]:
-    """Write the copy; which of the outputs holds a value, by role and number.
+def tap(artifact: Path, out: Path, rows: int) -> dict[Tap, list[int]]:
+    """Write the copy; which of the outputs hold a value side by side, by role and number.
 
     A value added holds at most `rows` positions: more than that must not be fed in one call.
     """
@@ -46,20 +46,21 @@ class _Forward:
         self.program, self.segments, self.rows = program, segments, rows
         self.plan = next(plan for plan in program.execution_plan if plan.name == "forward")
         self.calls = [instruction.instr_args for instruction in self.plan.chains[0].instructions]
-        self.found: dict[Tap, int] = {}
+        self.found: dict[Tap, list[int]] = {}
 
-    def run(self) -> dict[Tap, int]:
-        """Position in the outputs by role and number."""
+    def run(self) -> dict[Tap, list[int]]:
+        """Positions in the outputs by role and number."""
         for call in self.calls:
             if hasattr(call, "delegate_index"):
                 self._delegate(call)
         ((_, embedded),) = self._kernels("quantized_decomposed::embedding_byte")
-        self.found["embedding", 0] = self._kept(embedded[-1])
+        self.found["embedding", 0] = [self._kept(embedded[-1])]
         self._keys()
         del self.segments
         outputs = self.plan.outputs
-        outputs += [value for value in dict.fromkeys(self.found.values()) if value not in outputs]
-        return {tap: outputs.index(value) for tap, value in self.found.items()}
+        kept = (value for values in self.found.values() for value in values)
+        outputs += [value for value in dict.fromkeys(kept) if value not in outputs]
+        return {tap: [outputs.index(value) for value in values] for tap, values in self.found.items()}
 
     def _delegate(self, call: Any) -> None:
         """Products, their operands and the sums, in the order the delegate runs them."""
@@ -68,16 +69,13 @@ class _Forward:
         reference = self.plan.delegates[call.delegate_index].processed
         segment = self.program.segments[reference.index]
         graph = Graph(bytes(self.segments[segment.offset : segment.offset + segment.size]))
-        made = {node["output_id"]: node["input_id"] for kind, node in graph.nodes if kind == "XNNConvert"}
-        products = set()
-        for kind, node in graph.nodes:
-            if kind == "XNNFullyConnected" and node["input1_id"] in made:
-                number = self._count("product")
-                self.found["operand", number] = self._value(call, graph, made[node["input1_id"]])
-                self.found["product", number] = self._value(call, graph, node["output_id"])
-                products.add(node["output_id"])
-            elif kind == "XNNAdd" and products & {node["input1_id"], node["input2_id"]}:
-                self.found["sum", self._count("sum")] = self._value(call, graph, node["output_id"])
+        products, sums = graph.products()
+        for product in products:
+            number = self._count("product")
+            self.found["operand", number] = [self._value(call, graph, value) for value in product.operands]
+            self.found["product", number] = [self._value(call, graph, value) for value in product.outputs]
+        for value in sums:
+            self.found["sum", self._count("sum")] = [self._value(call, graph, value)]
         reference.location = DataLocation.INLINE
         reference.index = len(self.program.backend_delegate_data)
         self.program.backend_delegate_data.append(BackendDelegateInlineData(graph.encode()))
@@ -123,7 +121,7 @@ class _Forward:
         for layer, (_, arguments) in enumerate(self._kernels("llama::custom")):
             keys = written[arguments[1]]
             if self.plan.values[keys].val.scalar_type in (ScalarType.FLOAT, ScalarType.HALF):
-                self.found["keys", layer] = self._kept(keys)
+                self.found["keys", layer] = [self._kept(keys)]
 
     def _kernels(self, name: str) -> Iterator[tuple[str, list[int]]]:
         """Calls of operators whose name begins so, with their arguments."""

@@ -10,10 +10,17 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 _OUTPUT = 2
 """XNN_VALUE_FLAG_EXTERNAL_OUTPUT."""
+
+
+class Product(NamedTuple):
+    """Ids of what a product reads and gives; several are columns side by side."""
+
+    operands: list[int]
+    outputs: list[int]
 
 
 class Graph:
@@ -46,6 +53,49 @@ class Graph:
         self._table["num_externs"] += 1
         self._table["output_ids"].append(value)
         return tensor["external_id"], True
+
+    def products(self) -> tuple[list[Product], list[int]]:
+        """Products with int8 activations, in the order they run, and the sums that take one in.
+
+        An MLP in parts (targets/executorch_mlp.py) is three products, as it was before it was cut.
+        """
+        made = {node["output_id"]: node["input_id"] for kind, node in self.nodes if kind == "XNNConvert"}
+        found: list[Product] = []
+        totals: dict[int, list[Product]] = {}
+        sums: list[int] = []
+        for kind, node in self.nodes:
+            if kind == "XNNFullyConnected" and node["input1_id"] in made:
+                found.append(Product([made[node["input1_id"]]], [node["output_id"]]))
+                totals[node["output_id"]] = found[-1:]
+            elif kind == "XNNAdd":
+                terms = [(node[name], totals.pop(node[name], [])) for name in ("input1_id", "input2_id")]
+                if all(parts for _, parts in terms):
+                    totals[node["output_id"]] = terms[0][1] + terms[1][1]
+                elif any(parts for _, parts in terms):
+                    sums.append(node["output_id"])
+                    self._join(found, *next((total, parts) for total, parts in terms if parts))
+        return found, sums
+
+    def _join(self, found: list[Product], total: int, parts: list[Product]) -> None:
+        """The products of an MLP in parts become its gate, up and down."""
+        if len(parts) == 1:
+            return
+        by_output = {product.outputs[0]: product for product in found}
+        inputs = {
+            node["output_id"]: (node["input1_id"], node["input2_id"])
+            for kind, node in self.nodes
+            if kind == "XNNMultiply"
+        }
+        gates, ups = [], []
+        for part in parts:
+            plain, silu = sorted(inputs[part.operands[0]], key=lambda value: value not in by_output)
+            ups.append(by_output[plain])
+            gates.append(next(by_output[value] for value in inputs[silu] if value in by_output))
+        first = min(found.index(part) for part in gates)
+        for part in (*gates, *ups, *parts):
+            found.remove(part)
+        gate, up = (Product(which[0].operands, [part.outputs[0] for part in which]) for which in (gates, ups))
+        found[first:first] = [gate, up, Product([part.operands[0] for part in parts], [total])]
 
     def encode(self) -> bytes:
         """The payload, with the arguments that were added."""

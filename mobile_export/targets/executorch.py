@@ -15,6 +15,7 @@ from mobile_export.pte_share import share_constants
 from mobile_export.targets import Lowered, need_int8
 from mobile_export.targets.executorch_every import CHUNK, every_position
 from mobile_export.targets.executorch_graph import executorch_module
+from mobile_export.targets.executorch_partition import partitioner
 from mobile_export.types import Checkpoint, Dims, Program
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ def _lower_forward(exported: ExportedProgram) -> tuple[ExportedProgram, EdgeComp
 
     linear = torch.ops.aten.linear.default
     config = EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True, preserve_ops=[linear])
-    edge = to_edge(exported, compile_config=config).to_backend(_partitioner())
+    edge = to_edge(exported, compile_config=config).to_backend(partitioner())
     return edge.exported_program(), config
 
 
@@ -118,38 +119,6 @@ def _register_kernels() -> None:
     from executorch.extension.llm.custom_ops import custom_ops
 
     assert executorch.kernels.quantized and custom_ops
-
-
-def _partitioner() -> Any:
-    """XNNPACK's partitioner, without the passes and decomposition rounds that this graph has no use for.
-
-    The stock one lowers each dynamically quantized linear alone (267 delegates for 24 layers) and
-    runs 17 graph passes over each; here one partition spans from attention to attention.
-    """
-    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-    from executorch.exir.backend.canonical_partitioners.config_partitioner import (
-        ConfigerationBasedPartitioner,
-    )
-    from executorch.exir.backend.canonical_partitioners.pattern_op_partitioner import (
-        generate_partitions_from_list_of_nodes,
-    )
-    from executorch.exir.backend.compile_spec_schema import CompileSpec
-    from executorch.exir.backend.partitioner import DelegationSpec, PartitionResult
-
-    class Partitioner(XnnpackPartitioner):
-        def __init__(self) -> None:
-            super().__init__()
-            only_linear = CompileSpec("dqlinear_partitioner", b"")
-            self.delegation_spec = DelegationSpec("XnnpackBackend", [only_linear])
-
-        def generate_partitions(self, ep: ExportedProgram) -> list[Any]:
-            groups = self.get_matched_nodes_from_configs(ep)
-            return generate_partitions_from_list_of_nodes(ep.graph_module, groups)
-
-        def partition(self, exported_program: ExportedProgram) -> PartitionResult:
-            return ConfigerationBasedPartitioner.partition(self, exported_program)
-
-    return Partitioner()
 
 
 def _constants(dims: Dims) -> dict[str, Any]:
