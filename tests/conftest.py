@@ -1,5 +1,6 @@
 """What tests share: a small model and its bundle, the real bundle, the command in a process of its own."""
 
+import hashlib
 import json
 import mmap
 import os
@@ -151,8 +152,13 @@ def cli(command):
 
 
 @pytest.fixture(scope="session")
-def named_data():
-    """The blobs that a `.pte` holds by name, one after another."""
+def missing_codes():
+    """Of code matrices int8 [N, K] by name, those that a `.pte` holds neither whole nor in `parts`.
+
+    A recipe's `executorch.mlp_parts` cuts the MLPs' matrices into as many equal parts of rows or columns.
+    """
+    import numpy as np
+
     from mobile_export.flatbuffer import Table
     from mobile_export.pte_share import HEADER
 
@@ -164,7 +170,19 @@ def named_data():
                 at, size = spans[table.number(1, "I")]
                 yield data[at : at + size]
 
-    return blobs
+    def check(path, codes, parts=1):
+        found = {hashlib.sha256(blob).hexdigest() for blob in blobs(path)}
+        cuts = [(1, 0), (parts, 0), (parts, 1)]
+
+        def held(one, count, axis):
+            if one.shape[axis] % count:
+                return False
+            pieces = np.split(one, count, axis)
+            return all(hashlib.sha256(np.ascontiguousarray(piece)).hexdigest() in found for piece in pieces)
+
+        return [name for name, one in codes.items() if not any(held(one, *cut) for cut in cuts)]
+
+    return check
 
 
 @pytest.fixture(scope="session")

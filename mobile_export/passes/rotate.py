@@ -2,7 +2,9 @@
 
 A transformer with RMSNorm says the same when its residual stream is multiplied by an orthogonal
 matrix Q: `norm(x Q) = norm(x) Q` once each norm's weight is folded into the linears behind it.
-Sources: QuaRot (arXiv 2404.00456) and, for values, R2 of SpinQuant (arXiv 2405.16406).
+Sources: QuaRot (arXiv 2404.00456) and, for values, R2 of SpinQuant (arXiv 2405.16406). Neither reaches
+what down_proj reads: there, columns are scaled (as SmoothQuant does, arXiv 2211.10438, but by the weights
+alone), which is exact between up_proj and down_proj.
 """
 
 from __future__ import annotations
@@ -33,6 +35,8 @@ SEED = 2
 """Of all draws; draws differ, see docs/rotation.md."""
 _HINT = "set quantize.rotate = false in the recipe"
 _ROWS = 16384
+_LEAST = 1e-4
+"""Of the mean: a column smaller than that is scaled as if it were as large."""
 
 
 class Rotate:
@@ -42,7 +46,7 @@ class Rotate:
     reads = ("quantize.rotate",)
 
     def run(self, program: Program, recipe: Recipe) -> Program:
-        """Rotate residual stream and values by seeded orthogonal matrices, computed in fp64.
+        """Rotate residual stream and values by seeded orthogonal matrices, scale MLPs' columns, in fp64.
 
         ExportError: the program has another structure than pre-norm blocks of linears.
         """
@@ -52,6 +56,7 @@ class Rotate:
         module = editable(program.exported)
         rotate_stream(module, SEED)
         rotate_values(module, program.dims, SEED)
+        balance_mlps(module)
         return Program(reexport(module, program), program.dims, passes)
 
     def check(self, program: Program, recipe: Recipe) -> None:
@@ -92,8 +97,10 @@ class Rotation:
 
     def columns(self, weight: Tensor) -> Tensor:
         """fp64 `weight @ Q` of a weight [N, n]."""
-        grid = (weight.double() * self.signs).reshape(len(weight), len(self.hadamard), len(self.rest))
-        return (self.hadamard.T @ (grid @ self.rest)).reshape(weight.shape)
+        rows, size, odd = len(weight), len(self.hadamard), len(self.rest)
+        grid = (weight.double() * self.signs).reshape(rows, size, odd).transpose(1, 2)
+        grid = (grid.reshape(-1, size) @ self.hadamard).reshape(rows, odd, size).transpose(1, 2)
+        return (grid.reshape(-1, odd) @ self.rest).reshape(weight.shape)
 
 
 def rotate_stream(module: GraphModule, seed: int) -> None:
@@ -138,6 +145,20 @@ def rotate_values(module: GraphModule, dims: Dims, seed: int) -> None:
         _update(module, reader.args[1], by_head)
 
 
+def balance_mlps(module: GraphModule) -> None:
+    """Scale s of column j of each `down(silu(gate(x)) * up(x))` moves from down_proj's into up_proj's row.
+
+    s = sqrt(m_j / mean m), m_j the largest |weight| of column j: a few columns far above all others no
+    longer set the int8 steps of all rows. up_proj's rows have steps of their own, and lose nothing.
+    """
+    for up, down in mlps(module):
+        matrix: Any = down.args[1]
+        largest = tensor_of(module, matrix).detach().double().abs().amax(0)
+        scale = (largest / largest.mean()).clamp(min=_LEAST).sqrt()
+        _update(module, matrix, lambda part, by=scale: part / by)  # type: ignore[misc]
+        _update_outputs(module, up, lambda part, by=scale: part * by)  # type: ignore[misc]
+
+
 def stream(module: GraphModule) -> tuple[Node, list[Node], list[Node]]:
     """The embedding, the norms that read the residual stream, and the linears that write to it."""
     import torch
@@ -179,6 +200,24 @@ def attentions(module: GraphModule) -> list[tuple[Node, Node]]:
         if values.target != linear or reader.target != linear:
             raise ExportError("an attention's values do not come from a linear", _HINT)
         found.append((values, reader))
+    return found
+
+
+def mlps(module: GraphModule) -> list[tuple[Node, Node]]:
+    """Of each gated MLP, up_proj and down_proj, where nothing else reads what is between them."""
+    import torch
+
+    aten = torch.ops.aten
+    found = []
+    for down in module.graph.find_nodes(op="call_function", target=aten.linear.default):
+        gated: Any = down.args[0]
+        if gated.target != aten.mul.Tensor or len(gated.users) > 1:
+            continue
+        kinds = {factor.target: factor for factor in gated.args}
+        if kinds.keys() == {aten.silu.default, aten.linear.default}:
+            up = kinds[aten.linear.default]
+            if len(up.users) == 1:
+                found.append((up, down))
     return found
 
 

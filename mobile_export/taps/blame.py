@@ -20,13 +20,8 @@ if TYPE_CHECKING:
     from mobile_export.types import Program
 
 STAGES = ("traced", "rotated", "quantized", "artifact")
-SAME = tuple(f"self_attn.{kind}" for kind in ("q_proj", "k_proj", "keys")) + (
-    "mlp.gate_proj",
-    "mlp.up_proj",
-    "mlp.activation",
-    "lm_head",
-)
-"""Kinds whose values a rotated program leaves in their own basis."""
+SAME = (*(f"self_attn.{kind}" for kind in ("q_proj", "k_proj", "keys")), "mlp.gate_proj", "lm_head")
+"""Kinds whose values a rotated program leaves in their own basis and scale."""
 TOKENS = 32
 """Of the first short prompt: all but the last in one call, the last in a call of its own."""
 WHOLE = 2.0

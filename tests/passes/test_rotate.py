@@ -239,3 +239,23 @@ def test_weights_that_are_not_numbers_are_refused(small):
     broken = altered(small, put)
     with pytest.raises(ExportError, match="rotate made unusable values in '.*up_proj.weight'"):
         Rotate().check(Rotate().run(broken, ON), ON)
+
+
+def test_a_column_far_above_all_others_no_longer_sets_the_steps_of_down_proj(traced_of):
+    def plant(state):
+        for name, tensor in state.items():
+            if name.endswith("down_proj.weight"):
+                tensor[:, 7] *= 30.0
+
+    traced = altered(traced_of(MODELS[1]), plant)
+    rotated = Rotate().run(traced, ON)
+    assert kl_of(traced, rotated) < 1e-8
+    name = "backbone.layers.1.mlp.down_proj.weight"
+    before, after = (largest_over_mean(program.exported.state_dict[name]) for program in (traced, rotated))
+    assert before > 15 and after == pytest.approx(before**0.5, rel=0.3)
+
+
+def largest_over_mean(weight):
+    """Of the columns' largest |w|."""
+    largest = weight.detach().abs().amax(0)
+    return float(largest.max() / largest.mean())
