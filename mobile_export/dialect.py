@@ -82,6 +82,21 @@ def _(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty(*x.shape[:-1], codes.shape[0])
 
 
+@custom_op("mobile::linear_int4", mutates_args=())
+def linear_int4(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+    """`x @ (codes * scales)^T + bias`, a scale for each group of K / G columns of a row.
+
+    x fp32 [..., K]; codes int8 [N, K] in [-8, 7], one a byte; scales fp32 [N, G]; bias fp32 [N].
+    """
+    groups = codes.float().unflatten(1, (scales.shape[1], -1))
+    return F.linear(x, (groups * scales[..., None]).flatten(1), bias)
+
+
+@linear_int4.register_fake
+def _(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], codes.shape[0])
+
+
 @custom_op("mobile::embedding_int8", mutates_args=())
 def embedding_int8(ids: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
     """Rows `ids` int64 [1, S] of `codes * scales` (int8 [V, D], fp32 [V]) -> fp32 [1, S, D]."""

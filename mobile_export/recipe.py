@@ -18,8 +18,11 @@ class _Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 class Quantize(_Table, frozen=True):
     """How weights become codes. int8 symmetric per output channel is what all runtimes share."""
 
-    weights: Literal["int8", "fp32"] = "int8"
-    """fp32: none; for a target that speculative decoding or a comparison needs whole."""
+    weights: Literal["int8", "int4", "fp32"] = "int8"
+    """int4: a scale for each group of columns; embedding and head stay int8. fp32: no codes at all, for a
+    target that speculative decoding or a comparison needs whole."""
+    group_size: Literal[16, 32, 64, 128] = 32
+    """int4: columns of a row that share a scale."""
     rounding: Literal["nearest", "compensated"] = "compensated"
     """How codes are chosen: each nearest to its weight, or for the least error of the layer's output."""
     rotate: bool = False

@@ -78,6 +78,19 @@ def test_linear_int8(biased):
             assert math.isclose(given[0, row, out], total + (float(bias[out]) if biased else 0), abs_tol=1e-3)
 
 
+@pytest.mark.parametrize("biased", [True, False])
+def test_linear_int4(biased):
+    x, scales = torch.randn(1, 3, 6), torch.rand(4, 2) - 0.5
+    codes = torch.randint(-8, 8, (4, 6), dtype=torch.int8)
+    bias = torch.randn(4) if biased else None
+    given = OPS.linear_int4(x, codes, scales, bias)
+    for row in range(3):
+        for out in range(4):
+            terms = (float(x[0, row, i]) * int(codes[out, i]) * float(scales[out, i // 3]) for i in range(6))
+            expected = sum(terms) + (float(bias[out]) if biased else 0)
+            assert math.isclose(given[0, row, out], expected, abs_tol=1e-3)
+
+
 def test_embedding_int8():
     codes = torch.randint(-127, 128, (9, 6), dtype=torch.int8)
     scales = torch.rand(9) + 0.1
@@ -96,6 +109,7 @@ def cases():
         "update_cache": (cache, torch.randn(1, 2, 3, 4), start_at(1)),
         "attention": (torch.randn(1, 4, 3, 4), cache, cache, start_at(1), 0.5),
         "linear_int8": (x, codes, torch.rand(7), torch.rand(7)),
+        "linear_int4": (x, codes, torch.rand(7, 2), torch.rand(7)),
         "embedding_int8": (torch.tensor([[1, 2, 3]]), codes, torch.rand(7)),
     }
 

@@ -13,7 +13,7 @@ from mobile_export.errors import ExportError
 from mobile_export.parity import kl_divergence
 from mobile_export.passes.calibrate import calibrate
 from mobile_export.passes.quantize import Quantize
-from mobile_export.passes.rounding import quantize_per_channel
+from mobile_export.passes.rounding import quantize_per_channel, quantize_per_group
 from mobile_export.passes.trace import op_counts
 from mobile_export.prompts import load_prompts, render
 from mobile_export.recipe import load_recipe
@@ -192,6 +192,40 @@ BAD = {
     "scale inf": ("_scales", put(torch.inf)),
     "scale nan": ("_scales", put(torch.nan)),
 }
+BAD_INT4 = {
+    "code 8": ("down_proj_codes", put(8)),
+    "code -9": ("down_proj_codes", put(-9)),
+    "scale 0": ("down_proj_scales", put(0.0)),
+    "scale inf": ("down_proj_scales", put(torch.inf)),
+}
+INT4 = msgspec.structs.replace(
+    RECIPE, quantize=msgspec.structs.replace(RECIPE.quantize, weights="int4", group_size=32)
+)
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "compensated"])
+def test_all_but_embedding_and_head_become_int4(both, rounding):
+    traced, _ = both
+    recipe = msgspec.structs.replace(INT4, quantize=msgspec.structs.replace(INT4.quantize, rounding=rounding))
+    made = Quantize().run(traced, recipe)
+    Quantize().check(made, recipe)
+    counts = op_counts(made.exported)
+    found = [counts[f"mobile.{op}"] for op in ("linear_int4", "linear_int8", "embedding_int8")]
+    assert found == [14, 1, 1] and not {"aten.linear", "aten.embedding"} & counts.keys()
+    state, same = made.exported.state_dict, []
+    for name, weight in float_weights(traced).items():
+        if "proj" in name:
+            codes, scales = quantize_per_group(weight, 32)
+            assert torch.equal(state[f"{code_base(name)}_scales"], scales)
+            same.append(torch.equal(state[f"{code_base(name)}_codes"], codes))
+    assert len(same) == 14 and set(same) == {rounding == "nearest"}
+
+
+@pytest.mark.parametrize("how", BAD_INT4)
+def test_the_postcondition_catches_bad_int4(programs_of, spec, how):
+    made = Quantize().run(programs_of(spec())[1], INT4)
+    with pytest.raises(ExportError, match="quantize made unusable values in '.*down_proj_(codes|scales)'"):
+        Quantize().check(altered(made, *BAD_INT4[how]), INT4)
 
 
 @pytest.mark.parametrize("how", BAD)

@@ -8,7 +8,13 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from mobile_export.passes import rounding
-from mobile_export.passes.rounding import blocks, compensated, factor, quantize_per_channel
+from mobile_export.passes.rounding import (
+    blocks,
+    compensated,
+    factor,
+    quantize_per_channel,
+    quantize_per_group,
+)
 
 WEIGHTS = arrays.arrays(
     np.float32,
@@ -48,6 +54,29 @@ def test_codes_round_half_to_even_in_every_slice():
     assert torch.equal(codes, torch.tensor([[127, 0, 2, 2, 0, -2]], dtype=torch.int8).repeat(8193, 1))
 
 
+@settings(max_examples=100, deadline=None)
+@given(WEIGHTS, st.sampled_from([1, 2, 4]))
+def test_each_group_has_a_scale_of_its_own(weight, size):
+    weight = torch.from_numpy(np.repeat(weight, size, axis=1))
+    weight[:, ::size] *= 0.9
+    codes, scales = quantize_per_group(weight, size)
+    assert codes.dtype == torch.int8 and scales.shape == (len(weight), weight.shape[1] // size)
+    assert codes.min() >= -8 and codes.max() <= 7
+    assert torch.isfinite(scales).all() and (scales != 0).all()
+    groups = weight.unflatten(1, (-1, size))
+    lost = (codes.unflatten(1, (-1, size)) * scales[..., None] - groups).double().square().sum(2)
+    steps = groups.abs().amax(2).double() / 8  # what a scale that reaches the largest weight may lose
+    assert (lost <= size * steps.square() * 1.001).all()
+    assert (codes.unflatten(1, (-1, size))[groups.abs().amax(2) == 0] == 0).all()
+
+
+def test_a_scale_is_cut_where_that_loses_less():
+    weight = torch.tensor([[-8.0] + [0.5] * 31, [8.0] + [2.0] * 31])
+    codes, scales = quantize_per_group(weight, 32)
+    assert codes[0, 0] == -8 and 0 < scales[0, 0] < 1, "one weight gives way to 31"
+    assert codes[1, 0] == -8 and scales[1, 0] == -1 and (codes[1, 1:] == -2).all()
+
+
 @pytest.fixture
 def layer():
     """Weights [N, K], and inputs of the strongly correlated kind that layers have."""
@@ -74,6 +103,19 @@ def test_compensated_codes_lose_less_of_the_output(layer):
     nearest = quantize_per_channel(weight)
     assert torch.equal(scales, nearest[1])
     assert loss(weight, made, inputs[400:]) < 0.4 * loss(weight, nearest, inputs[400:])
+
+
+def test_compensated_codes_of_groups_lose_less_too(layer):
+    weight, inputs = layer
+    made, nearest = compensated(weight, factors(inputs[:400]), 16), quantize_per_group(weight, 16)
+    assert made[0].min() >= -8 and made[0].max() <= 7 and torch.equal(made[1], nearest[1])
+    plain = compensated(weight, [None], 16)
+    assert all(torch.equal(*pair) for pair in zip(plain, nearest, strict=True))
+    losses = [
+        loss(weight, (codes, torch.ones(len(weight))), inputs[400:])
+        for codes in (codes * scales.repeat_interleave(16, 1) for codes, scales in (made, nearest))
+    ]
+    assert losses[0] < 0.4 * losses[1]
 
 
 def test_each_code_is_the_best_that_the_ones_before_it_leave(layer):
