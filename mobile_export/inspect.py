@@ -235,9 +235,10 @@ def _render_onnx(model: OnnxSummary) -> None:
     console.table("\nWeights", ["type", "size"], rows)
     for name, size in model.data_files.items():
         console.say(f"{name}  {console.human_bytes(size)}")
-    if model.int8_codes:
-        count = sum(rows * columns for rows, columns in model.int8_codes.values())
-        console.say(f"int8 codes  {len(model.int8_codes)} tensors, {count:,} values")
+    for kind, codes in (("int8", model.int8_codes), ("int4", model.int4_codes)):
+        if codes:
+            count = sum(rows * columns for rows, columns in codes.values())
+            console.say(f"{kind} codes  {len(codes)} tensors, {count:,} values")
 
 
 def _layers(values: list[OnnxValue]) -> list[str]:

@@ -11,7 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import msgspec
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _AGAIN = "export it again, or copy it again with its data file"
 _NAMES = {"float": "fp32", "float16": "fp16", "bfloat16": "bf16", "double": "fp64"}
 CODES = "codes"
-"""Metadata of our exports: codes tensor -> [offset in the data file, rows, columns]."""
+"""Metadata of our exports: codes tensor -> [offset in the data file, rows, columns], bits if not 8."""
 
 
 class OnnxValue(msgspec.Struct, frozen=True):
@@ -55,6 +55,14 @@ class OnnxSummary(msgspec.Struct, frozen=True):
     """Files of weights beside the model, and their sizes."""
     int8_codes: dict[str, list[int]]
     """Rows and columns by name, of our own exports."""
+    int4_codes: dict[str, list[int]]
+
+
+class _Codes(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    offset: int
+    rows: int
+    columns: int
+    bits: Literal[4, 8] = 8
 
 
 class External(NamedTuple):
@@ -109,7 +117,8 @@ def summary(model: ModelProto, path: Path) -> OnnxSummary:
             file.relative_to(path.parent).as_posix(): file.stat().st_size
             for file in sorted({place.file for place in places})
         },
-        int8_codes=_codes(model, path),
+        int8_codes=_codes(model, path, 8),
+        int4_codes=_codes(model, path, 4),
     )
 
 
@@ -216,10 +225,10 @@ def _covered(places: list[External]) -> int:
     return total
 
 
-def _codes(model: ModelProto, path: Path) -> dict[str, list[int]]:
+def _codes(model: ModelProto, path: Path, bits: int) -> dict[str, list[int]]:
     text = next((entry.value for entry in model.metadata_props if entry.key == CODES), "{}")
     try:
-        pieces = msgspec.convert(json.loads(text), dict[str, tuple[int, int, int]])
+        pieces = msgspec.convert(json.loads(text), dict[str, _Codes])
     except (ValueError, msgspec.ValidationError):
         raise ExportError(f"'{path.name}' is damaged: its metadata '{CODES}' is not ours", _AGAIN) from None
-    return {name: [rows, columns] for name, (_, rows, columns) in pieces.items()}
+    return {name: [piece.rows, piece.columns] for name, piece in pieces.items() if piece.bits == bits}

@@ -128,12 +128,12 @@ def test_a_wrong_request_is_refused_before_any_work(spec, tmp_path, monkeypatch,
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("weights", ["fp32", "int4"])
 @pytest.mark.parametrize("platform", ["android", "ios"])
-def test_a_target_of_int8_refuses_fp32_weights(spec, tmp_path, platform):
-    with pytest.raises(
-        ExportError, match="bundles take int8 weights, and recipe 'fp32' keeps fp32; export it"
-    ):
-        export(platform, model=spec(), recipe="fp32", context=64, out=tmp_path / "out", measure=False)
+def test_a_target_of_int8_refuses_other_weights(spec, tmp_path, platform, weights):
+    says = f"bundles take int8 weights, and recipe '{weights}' asks for {weights}; export it"
+    with pytest.raises(ExportError, match=says):
+        export(platform, model=spec(), recipe=weights, context=64, out=tmp_path / "out", measure=False)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -51,7 +51,7 @@ class Looked:
 
     @property
     def products(self) -> list[dict[str, int]]:
-        """Of int8 weights."""
+        """Of quantized weights."""
         return self.attributes.get("com.microsoft:MatMulNBits", [])
 
     @property

@@ -130,7 +130,7 @@ def _claim(manifest: Manifest) -> str:
 
 
 def _weights(manifest: Manifest) -> str:
-    """`int8` or `fp32`, from the recipe."""
+    """`int8`, `int4` or `fp32`, from the recipe."""
     return str(manifest.recipe.table.get("quantize", {}).get("weights", "int8"))
 
 

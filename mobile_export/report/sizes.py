@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -121,8 +120,8 @@ def _onnx(path: Path) -> Iterator[Claim]:
 
     model = onnx.load(path, load_external_data=False)
     data, pieces = data_file(path).name, pieces_of(model)
-    for name, (offset, rows, columns) in pieces.items():
-        yield Claim(name, data, offset, math.prod((rows, columns)))
+    for name, piece in pieces.items():
+        yield Claim(name, data, piece.offset, piece.bytes)
     for tensor in model.graph.initializer:
         if uses_external_data(tensor) and tensor.name not in pieces:
             info = ExternalDataInfo(tensor)

@@ -35,10 +35,11 @@ class Plain:
 
 @dataclass(frozen=True)
 class Int8Activations(Plain):
-    """Products of int8 codes with activations that are rounded to int8 as they come."""
+    """Products of codes with activations that are rounded to int8 as they come."""
 
     block: int | None = None
-    """Columns that share a scale, symmetric; None: a token's own scale and zero point."""
+    """Columns that share a scale, symmetric, unless the weight has groups of its own; None: a token's own
+    scale and zero point."""
     mlp_parts: int = 1
     """Of what down_proj reads, each with a scale and zero point of its own."""
 
@@ -47,8 +48,10 @@ class Int8Activations(Plain):
         if point.role != "product":
             return None
         operand, *weight = args
-        if self.block is not None:
-            rounded = _per_block(operand, self.block)
+        scales = weight[1]
+        block = operand.shape[-1] // scales.shape[1] if scales.dim() == 2 else self.block
+        if block is not None:
+            rounded = _per_block(operand, block)
         else:
             cut = point.place.kind == "mlp.down_proj" and operand.shape[-1] % self.mlp_parts == 0
             rounded = _per_token(operand.unflatten(-1, (self.mlp_parts if cut else 1, -1))).flatten(-2)
@@ -56,8 +59,11 @@ class Int8Activations(Plain):
 
 
 @dataclass(frozen=True)
-class Int8Weights(Plain):
-    """Weights rounded to int8, a scale for each row; `nearest` is the most that any rounding may cost."""
+class RoundedWeights(Plain):
+    """Weights rounded to int8, a scale for each row, or all but the head to int4 in groups of columns;
+    to the nearest code, the most that any rounding may cost."""
+
+    group: int | None = None
 
     def simulate(self, point: Point, args: tuple[Any, ...]) -> Tensor | None:
         """The operator of the rounded weight."""
@@ -67,18 +73,22 @@ class Int8Weights(Plain):
 
         if point.role == "embedding":
             weight, ids = args[:2]
-            return _nearest(weight.detach()[ids[0]])[None]
+            return _nearest(weight.detach()[ids[0]], None)[None]
         operand, weight, *bias = args
         linear = torch.nn.functional.linear
-        parts = [linear(operand, _nearest(part)) for part in weight.detach().split(_ROWS)]
+        group = None if point.place.kind == "lm_head" else self.group
+        parts = [linear(operand, _nearest(part, group)) for part in weight.detach().split(_ROWS)]
         product = torch.cat(parts, -1)  # in parts: the head's weight is a quarter of the model
         return product if not bias or bias[0] is None else product + bias[0]
 
 
-def _nearest(weight: Tensor) -> Tensor:
-    """Rows rounded to int8, each with its own scale."""
-    from mobile_export.passes.rounding import quantize_per_channel
+def _nearest(weight: Tensor, group: int | None) -> Tensor:
+    """Rows rounded to int8, each with its own scale, or to int4 in groups of columns."""
+    from mobile_export.passes.rounding import quantize_per_channel, quantize_per_group
 
+    if group:
+        codes, scales = quantize_per_group(weight, group)
+        return codes.float() * scales.repeat_interleave(group, 1)
     codes, scales = quantize_per_channel(weight)
     return codes.float() * scales[:, None]
 

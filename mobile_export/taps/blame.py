@@ -17,6 +17,7 @@ from mobile_export.taps.points import Call
 from mobile_export.taps.replay import Error, Tapped
 
 if TYPE_CHECKING:
+    from mobile_export.recipe import Quantize
     from mobile_export.types import Program
 
 STAGES = ("traced", "rotated", "quantized", "artifact")
@@ -75,14 +76,19 @@ def _observed(given: Inputs, stage: str, calls: Sequence[Call]) -> Any:
         return "traced", tapped, alike, arithmetic.Plain()
     if stage == "quantized":
         tapped, quantized = Tapped(_program(given, "rotate")), Tapped(_program(given, "quantize"))
-        floats = given.recipe.quantize.weights == "fp32"
-        form = arithmetic.Plain() if floats else arithmetic.Int8Weights()
+        form = _rounded(given.recipe.quantize)
         before = "rotated" if given.recipe.quantize.rotate else "traced"
         return before, tapped, quantized.values(calls), form
     tapped = Tapped(_program(given, "quantize"))
     taps: Any = importlib.import_module(f"mobile_export.taps.{given.bundle.manifest.target}")
     values = taps.values(given.bundle.path("program"), tapped.points, calls, given.recipe)
     return "quantized", tapped, values, taps.arithmetic(given.recipe)
+
+
+def _rounded(quantize: Quantize) -> arithmetic.Plain:
+    if quantize.weights == "fp32":
+        return arithmetic.Plain()
+    return arithmetic.RoundedWeights(group=quantize.group_size if quantize.weights == "int4" else None)
 
 
 def _program(given: Inputs, last: str) -> Program:

@@ -65,7 +65,7 @@ def points(module: GraphModule) -> list[Point]:
 
     aten, mobile = torch.ops.aten, torch.ops.mobile
     embeddings = (aten.embedding.default, mobile.embedding_int8.default)
-    linears = (aten.linear.default, mobile.linear_int8.default)
+    linears = (aten.linear.default, mobile.linear_int8.default, mobile.linear_int4.default)
     output: Any = module.graph.output_node()
     head = output.args[0][0]
     found: dict[Node, Point] = {}

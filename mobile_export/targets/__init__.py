@@ -53,11 +53,11 @@ def runners(name: str, artifact: Path, runtime: str | None = None) -> Iterator[t
 
 
 def need_int8(recipe: Recipe, runtime: str) -> None:
-    """ExportError for a recipe that leaves weights in fp32, from a target that takes codes only."""
-    kept = recipe.quantize.weights
-    if kept != "int8":
+    """ExportError for a recipe whose weights are others than the codes that all runtimes share."""
+    asked = recipe.quantize.weights
+    if asked != "int8":
         raise ExportError(
-            f"{runtime} bundles take int8 weights, and recipe '{recipe.name}' keeps {kept}",
+            f"{runtime} bundles take int8 weights, and recipe '{recipe.name}' asks for {asked}",
             "export it with `mobile-export onnx`, or use another recipe",
         )
 

@@ -21,7 +21,7 @@ from mobile_export.targets.onnx_deploy import (
 from mobile_export.targets.onnx_file import ModelFile, data_file
 from mobile_export.targets.onnx_graph import build
 from mobile_export.targets.onnx_io import LOGITS, MASK, PAST, PRESENT, READ, TOKENS, cache_names
-from mobile_export.targets.onnx_weights import METADATA
+from mobile_export.targets.onnx_weights import METADATA, metadata
 from mobile_export.types import Checkpoint, Dims, Program
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def write(program: Program, recipe: Recipe, checkpoint: Checkpoint, draft: Draft
     lower(program, recipe.onnx, artifact)
     ends, begin = eos_ids(checkpoint), checkpoint.tokenizer().bos_token_id
     _deploy(program.dims, recipe.onnx, checkpoint, draft, artifact, ends)
-    level = recipe.onnx.accuracy_level if recipe.quantize.weights == "int8" else 0
+    level = recipe.onnx.accuracy_level if recipe.quantize.weights != "fp32" else 0
     runtime = Runtime(
         name="ONNX Runtime",
         minimum_version=LEAST_RUNTIME[recipe.onnx.kv_cache],
@@ -97,7 +97,7 @@ def lower(program: Program, options: Options, out: Path) -> None:
     """Write the `.onnx` and, beside it, the `.onnx.data` that it names."""
     with ModelFile(out) as file:
         codes = build(program, options, file)
-        file.save({METADATA: codes, "context": program.dims.context, "vocab": program.dims.vocab})
+        file.save({METADATA: metadata(codes), "context": program.dims.context, "vocab": program.dims.vocab})
 
 
 def _method(dims: Dims, options: Options) -> Method:

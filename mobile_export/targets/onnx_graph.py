@@ -23,7 +23,7 @@ from mobile_export.targets.onnx_io import (
     add_inputs,
     add_outputs,
 )
-from mobile_export.targets.onnx_weights import Packed, Piece, pack, slices
+from mobile_export.targets.onnx_weights import Packed, Piece, pack, pack_int4, slices
 
 if TYPE_CHECKING:
     import numpy as np
@@ -108,6 +108,7 @@ class _Lowering:
             aten.linear.default: self._linear_fp32,
             mobile.embedding_int8.default: self._embedding,
             mobile.linear_int8.default: self._linear,
+            mobile.linear_int4.default: self._linear,
             mobile.rms_norm.default: self._rms_norm,
             mobile.rotary.default: same,
             mobile.update_cache.default: lambda node, cache, new, start: self.values[new],
@@ -156,12 +157,9 @@ class _Lowering:
 
     def _linear(self, node: Node, x: Node, codes: Node, scales: Node, bias: Node | None) -> str | _Part:
         """All products that read one value are one, so that threads meet once."""
-        import torch
-
         if node is self.head:
             return self._logits(x, codes, scales, bias)
-        linear = torch.ops.mobile.linear_int8.default
-        alike = [user for user in x.users if user.target == linear]
+        alike = [user for user in x.users if user.target == node.target]
         columns: Any = [list(column) for column in zip(*(user.args[1:] for user in alike), strict=True)]
         name = node.name if len(alike) == 1 else "_and_".join(user.name for user in alike)
         packed = self._packed(columns[0], columns[1])
@@ -197,14 +195,18 @@ class _Lowering:
             name,
             K=packed.columns,
             N=packed.rows,
-            bits=8,
+            bits=packed.bits,
             block_size=packed.block,
             accuracy_level=self.options.accuracy_level,
         )
 
     def _packed(self, codes: list[Node], scales: list[Node]) -> Packed:
         arrays = {str(node.target): self._array(node) for node in codes}
-        packed, pieces = pack(self.file, arrays, [self._array(node) for node in scales], self.options.block)
+        sizes = [self._array(node) for node in scales]
+        if sizes[0].ndim == 2:
+            packed, pieces = pack_int4(self.file, arrays, sizes)
+        else:
+            packed, pieces = pack(self.file, arrays, sizes, self.options.block)
         self.codes |= pieces
         return packed
 
