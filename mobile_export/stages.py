@@ -131,6 +131,8 @@ def _runners(given: Inputs, stages: tuple[str, ...]) -> Iterator[tuple[str, Runn
 def _limit(limits: Any, stage: str, before: str) -> Threshold:
     if stage.startswith("artifact "):  # in an arithmetic
         return limits.coreml.total if before == "golden" else limits.coreml.rounding
+    if stage == "artifact" and before == "golden":
+        return limits.total
     return limits.traced if stage == "source" else getattr(limits, stage)
 
 

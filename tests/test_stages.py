@@ -60,9 +60,10 @@ def test_the_artefacts_figures_are_those_of_the_manifest(report, sandbox_bundle)
     assert (told["top1"], told["positions"]) == (pytest.approx(measured.top1, abs=1e-3), measured.positions)
 
 
-def test_one_stage_alone_is_held_to_its_own_limit_against_the_golden(given):
+def test_the_artefact_alone_is_held_to_the_limit_against_the_source(given):
     report = parity(given, ("artifact",))
     assert verdicts(report) == {"golden -> artifact": True}
+    assert [line.threshold for line in report.stages] == [given.recipe.parity.total]
     assert report.passed
 
 
