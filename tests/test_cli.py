@@ -167,7 +167,7 @@ def test_parity_exits_by_its_verdict(cli, sandbox_bundle, tmp_path):
     folder = tmp_path / "android"
     shutil.copytree(sandbox_bundle.folder, folder)
     table = json.loads((folder / "manifest.json").read_bytes())
-    table["recipe"]["table"]["parity"]["artifact"]["kl_mean"] = 0.0
+    table["recipe"]["table"]["parity"]["total"]["kl_mean"] = 0.0
     (folder / "manifest.json").write_bytes(msgspec.json.encode(table))
     done = cli("parity", folder, "--quick", "--artifact-only")
     assert done.returncode == 1, done.stderr
