@@ -112,7 +112,7 @@ def _check(entry: Entry, threads: int, fast: bool) -> Check:
     with console.step(f"check: {contender.name}") as cost, Worker(launch) as worker:
         worker.open(threads)
         said = worker.ask("check", tokens=_CHECKED if fast else _CHECKED_SLOW)
-        cost.note = f"{said['matched']} of {said['expected']} tokens"
+        cost.note = f"{said['matched']} of the source's tokens, at export {said['expected']}"
     check = Check(
         contender=contender.name, threads=threads, matched=said["matched"], expected=said["expected"]
     )
@@ -125,7 +125,7 @@ def refuse_other_words(check: Check) -> None:
     if check.matched < _SAID * check.expected:
         raise ExportError(
             f"'{check.contender}' does not say there what its bundle's selftest says: "
-            f"{check.matched} of {check.expected} tokens",
+            f"{check.matched} of the source's tokens, at export {check.expected}",
             "its speed would be of another model: check it with `mobile-export parity`",
         )
 

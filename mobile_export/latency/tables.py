@@ -200,7 +200,9 @@ def throttling(decode_ns: Sequence[Sequence[int]]) -> float:
 
 
 def spinning(report: Report) -> Sequence[str]:
-    """Contenders whose waiting process took more than 2 % of a core."""
+    """Contenders whose waiting process took more than 2 % of a core; one that is alone disturbs nobody."""
+    if len(report.contenders) == 1:
+        return []
     found = []
     for one in report.contenders:
         turns = [turn for turn in report.turns if turn.contender == one.name]

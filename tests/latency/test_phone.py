@@ -136,7 +136,10 @@ def test_only_what_everybody_calls_a_phone_has_speeds(bundle, host, kind, reason
         ({"failure": ("load-failed", "x")}, r"x \(load-failed\); check the bundle with `mobile-export lint`"),
         ({"failure": ("out-of-memory", "x")}, r"'memory': x \(out-of-memory\); close other apps, or export"),
         ({"changes_its_mind": True}, "'ours' said something else in round 2 than in the first"),
-        ({"wrong": True}, "does not say there what its bundle's selftest says: 0 of 62 tokens"),
+        (
+            {"wrong": True},
+            "does not say there what its bundle's selftest says: 0 of the source's tokens, at export 62",
+        ),
     ],
 )
 def test_an_app_that_does_not_measure(bundle, app, message):
