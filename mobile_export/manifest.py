@@ -1,10 +1,9 @@
-"""manifest.json: what a bundle says about itself. The schema file beside is generated from this.
+"""manifest.json: what a bundle says about itself. The schema file is generated from this.
 
 Regenerate it with `python -m mobile_export.manifest`; a test compares.
 """
 
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
@@ -138,21 +137,3 @@ def tool_versions(*packages: str) -> dict[str, str]:
     import mobile_export
 
     return {"mobile-export": mobile_export.__version__, **{name: version(name) for name in packages}}
-
-
-def schema_file() -> Path:
-    """The committed JSON Schema."""
-    return Path(__file__).parent / "schemas" / "manifest.schema.json"
-
-
-def schema() -> bytes:
-    """The JSON Schema of `Manifest`."""
-    described = msgspec.json.schema(Manifest)
-    described["$schema"] = "https://json-schema.org/draft/2020-12/schema"
-    return msgspec.json.format(msgspec.json.encode(described, order="sorted"), indent=2) + b"\n"
-
-
-if __name__ == "__main__":
-    from mobile_export.files import write_file
-
-    write_file(schema_file(), schema())

@@ -12,7 +12,7 @@ import jsonschema
 import msgspec
 import pytest
 
-from mobile_export import bundle, manifest
+from mobile_export import bundle, manifest, schemas
 from mobile_export.errors import ExportError
 from mobile_export.recipe import load_recipe
 
@@ -82,9 +82,8 @@ def test_same_content_same_bytes_sorted_and_ending_in_a_newline(made, tmp_path):
     json.loads(data, object_pairs_hook=refuse_unsorted)
 
 
-def test_the_committed_schema_is_the_manifests_own_and_accepts_it(made):
-    assert manifest.schema_file().read_bytes() == manifest.schema(), "run python -m mobile_export.manifest"
-    schema = json.loads(manifest.schema_file().read_bytes())
+def test_the_committed_schema_accepts_a_manifest(made):
+    schema = json.loads((schemas.FOLDER / "manifest.schema.json").read_bytes())
     validator = jsonschema.Draft202012Validator(schema)
     parsed = json.loads((made.folder / "manifest.json").read_bytes())
     validator.validate(parsed)

@@ -9,7 +9,7 @@ import jsonschema
 import numpy as np
 import pytest
 
-from mobile_export import bundle, manifest
+from mobile_export import bundle, manifest, schemas
 from mobile_export.checkpoint import resolve
 from mobile_export.errors import ExportError
 from mobile_export.export import export
@@ -26,7 +26,8 @@ def contents(folder):
 def test_the_bundle_is_whole_and_says_what_it_is(exported, sandbox_bundle, spec):
     bundle.verify(sandbox_bundle)
     made, model = sandbox_bundle.manifest, resolve(spec())
-    jsonschema.validate(json.loads(manifest.encode(made)), json.loads(manifest.schema_file().read_bytes()))
+    schema = json.loads((schemas.FOLDER / "manifest.schema.json").read_bytes())
+    jsonschema.validate(json.loads(manifest.encode(made)), schema)
     assert exported.manifest == made
     assert (made.platform, made.target) == ("android", "executorch")
     assert (made.model.spec, made.model.digest, made.model.license) == (spec(), model.digest, "CC0-1.0")

@@ -1,12 +1,11 @@
 """What `bench` and a phone's app say to each other: a request goes in, a report comes out, both JSON.
 
 docs/device-contract.md tells the rest: names, paths, and how each platform's app is started. The
-schema files are generated from these structs: `python -m mobile_export.latency.contract`.
+schema files are generated from these structs: `python -m mobile_export.schemas`.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
 import msgspec
@@ -259,27 +258,3 @@ def _decode(data: bytes, struct: type[_Message], name: str) -> _Message:
             f"the app's {name} does not keep to the contract: {error}",
             "see docs/device-contract.md, and mend the app",
         ) from None
-
-
-def schema_files() -> dict[Path, bytes]:
-    """The committed JSON Schemas, and what they must hold."""
-    folder = Path(__file__).parents[1] / "schemas"
-    structs: dict[str, type[msgspec.Struct]] = {
-        "request": Request,
-        "report": DeviceReport,
-        "inventory": Inventory,
-    }
-    return {folder / f"device-{name}.schema.json": _schema(struct) for name, struct in structs.items()}
-
-
-def _schema(struct: type[msgspec.Struct]) -> bytes:
-    described = msgspec.json.schema(struct)
-    described["$schema"] = "https://json-schema.org/draft/2020-12/schema"
-    return msgspec.json.format(msgspec.json.encode(described, order="sorted"), indent=2) + b"\n"
-
-
-if __name__ == "__main__":
-    from mobile_export.files import write_file
-
-    for path, text in schema_files().items():
-        write_file(path, text)

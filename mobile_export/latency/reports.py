@@ -1,6 +1,6 @@
 """One run of the bench. JSON in, JSON out, versioned.
 
-The schema file is generated from this: `python -m mobile_export.latency.reports`; a test compares.
+The schema file is generated from this: `python -m mobile_export.schemas`.
 """
 
 from __future__ import annotations
@@ -73,19 +73,3 @@ def load(path: Path) -> Report:
         raise ExportError(
             f"'{path.name}' is no bench report of this version: {error}", "run the bench again"
         ) from None
-
-
-def schema_file() -> Path:
-    """The committed JSON Schema."""
-    return Path(__file__).parent.parent / "schemas" / "bench.schema.json"
-
-
-def schema() -> bytes:
-    """The JSON Schema of `Report`."""
-    described = msgspec.json.schema(Report)
-    described["$schema"] = "https://json-schema.org/draft/2020-12/schema"
-    return msgspec.json.format(msgspec.json.encode(described, order="sorted"), indent=2) + b"\n"
-
-
-if __name__ == "__main__":
-    write_file(schema_file(), schema())

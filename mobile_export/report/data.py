@@ -1,6 +1,6 @@
 """Everything a report shows, as one JSON document.
 
-The schema file is generated from this: `python -m mobile_export.report.data`; a test compares.
+The schema file is generated from this: `python -m mobile_export.schemas`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from mobile_export import bundle as bundles
 from mobile_export.blame import BlameReport
 from mobile_export.bundle import Bundle
 from mobile_export.errors import ExportError
-from mobile_export.files import write_file
 from mobile_export.manifest import Manifest
 from mobile_export.parity import ParityReport
 from mobile_export.report.sizes import Part, parts
@@ -186,19 +185,3 @@ def _read(path: Path, kind: type[Read], command: str) -> Read:
 
 def _of_none(path: Path) -> ExportError:
     return ExportError(f"'{path.name}' is of none of these bundles", "name its bundle too")
-
-
-def schema_file() -> Path:
-    """The committed JSON Schema."""
-    return Path(__file__).parent.parent / "schemas" / "report.schema.json"
-
-
-def schema() -> bytes:
-    """The JSON Schema of `Report`."""
-    described = msgspec.json.schema(Report)
-    described["$schema"] = "https://json-schema.org/draft/2020-12/schema"
-    return msgspec.json.format(msgspec.json.encode(described, order="sorted"), indent=2) + b"\n"
-
-
-if __name__ == "__main__":
-    write_file(schema_file(), schema())
