@@ -7,6 +7,7 @@ import mmap
 import os
 import resource
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -54,3 +55,9 @@ def resident_bytes(line: str = "VmRSS") -> int:
     if status.exists():
         return int(status.read_text().split(f"{line}:")[1].split()[0]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def give_back() -> None:
+    """Return freed memory to the system, which glibc does only when it is told to (`malloc_trim`)."""
+    with suppress(AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from mobile_export.latency.pages import cached_share, drop, resident_bytes
+from mobile_export.latency.pages import cached_share, drop, give_back, resident_bytes
 
 
 class BundleRunner:
@@ -101,6 +101,7 @@ class Worker:
         """Resident bytes with imports done, before the artefact is opened, and the most in the turns."""
         self.open(spec, threads)
         self.runner.close()
+        give_back()
         floor = resident_bytes()
         self.open(spec, threads)
         for turn in turns:

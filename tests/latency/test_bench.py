@@ -15,7 +15,7 @@ import pytest
 from mobile_export.errors import ExportError
 from mobile_export.latency import bench, reports, rounds, tables
 from mobile_export.latency.devices import Options, host
-from mobile_export.latency.pages import cached_share, drop
+from mobile_export.latency.pages import cached_share, drop, give_back, resident_bytes
 from mobile_export.latency.protocol import Protocol, Regime
 from mobile_export.latency.workers import Worker
 
@@ -104,6 +104,15 @@ def test_a_file_just_written_is_dropped_too(tmp_path):
     if cached_share([file]) is None or file_system(tmp_path) == "tmpfs":
         pytest.skip("this system does not tell what is in its page cache, or has it in memory")
     assert drop([file]) and cached_share([file]) < 0.5
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc")
+def test_freed_memory_does_not_count_before_the_next_opening():
+    blocks = [b"x" * 100_000 for _ in range(2000)]
+    held, last = resident_bytes(), blocks[-1]
+    del blocks
+    give_back()
+    assert last and resident_bytes() < held - 150_000_000
 
 
 def test_two_copies_say_the_same(measured):
