@@ -168,9 +168,11 @@ def _fp16(one: BundleData) -> Chart:
 
 def _speeds(bench: BenchFigures) -> Iterator[Chart]:
     peers = {one.name for one in bench.contenders if one.peer}
+    order = list(dict.fromkeys(one.what for one in bench.figures))
     for word, title in _CHARTS.items():
         found = [one for one in bench.figures if word in one.what.split()]
         if found:
+            found.sort(key=lambda one: (order.index(one.what), one.threads))  # contenders side by side
             yield Chart(title, bars([_speed(one, one.contender in peers) for one in found]), [])
 
 
@@ -178,7 +180,7 @@ def _speed(one: Figure, peer: bool) -> Bar:
     threads = f"{one.threads} thread{'s' * (one.threads > 1)}"
     text = human_bytes(round(one.median)) if one.unit == "bytes" else f"{short(one.median)} {one.unit}"
     return Bar(
-        label=f"{one.contender}, {one.what}, {threads}",
+        label=f"{one.what}, {threads}: {one.contender}",
         value=one.median,
         text=text,
         kind="peer" if peer else "ours",

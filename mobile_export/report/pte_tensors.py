@@ -16,10 +16,9 @@ from mobile_export.errors import ExportError
 from mobile_export.flatbuffer import Table
 from mobile_export.pte_share import HEADER
 
-_PER_LAYER = ("q", "k", "v", "o", "gate", "up", "down")
 _BYTES = {0: 1, 1: 1, 2: 2, 3: 4, 4: 8, 5: 2, 6: 4, 7: 8, 11: 1, 15: 2}
 """Of ScalarType's values."""
-_TENSOR, _KERNEL, _DELEGATE, _LINEAR, _QUANTIZED = 5, 1, 2, 2, 2
+_INT, _TENSOR, _KERNEL, _DELEGATE, _LINEAR, _QUANTIZED = 2, 5, 1, 2, 2, 2
 """Numbers in the schemas' unions."""
 _QINT8_PER_CHANNEL = 6
 _EMBEDDING = "quantized_decomposed::embedding_byte"
@@ -62,7 +61,7 @@ def pte_tensors(path: Path) -> Iterator[tuple[str, int, int]]:
 def _places(pte: _Pte) -> Iterator[tuple[str, tuple[int, int]]]:
     plans = {plan.text(0): plan for plan in pte.program.tables(1)}
     yield from _constants(pte, plans["forward"])
-    names = _names(_linears(pte, plans["forward"]))
+    names = _names(_linears(pte, plans["forward"]), _layers(plans["get_n_layers"]))
     for key, index in pte.named.items():
         yield names.get(key, "table"), pte.segment(index)
     tensors = set(pte.named.values())
@@ -97,18 +96,29 @@ def _constants(pte: _Pte, plan: Table) -> Iterator[tuple[str, tuple[int, int]]]:
             yield named.get(index, "table"), (start + offsets[buffer], size)
 
 
-def _names(linears: list[_Linear]) -> dict[str, str]:
-    """Named data -> name. Linears go q, k, v, o, gate, up, down in each layer, then the head."""
-    layers, rest = divmod(len(linears), len(_PER_LAYER))
-    if rest != 1:
-        raise ValueError(f"{len(linears)} linears")
+def _names(linears: list[_Linear], layers: int) -> dict[str, str]:
+    """Named data -> name. Each layer's linears go q, k, v, o, gate, up, down, then come mix and head.
+
+    An MLP in parts has all its gates first, then all ups, then all downs. Only a rotated model has a mix.
+    """
+    parts, last = divmod(len(linears) - 4 * layers, 3 * layers)
+    if not parts or last not in (1, 2):
+        raise ValueError(f"{len(linears)} linears in {layers} layers")
+    order = [*"qkvo", *["gate"] * parts, *["up"] * parts, *["down"] * parts]
+    named = [f"layers_{layer}_{kind}_proj" for layer in range(layers) for kind in order]
     names: dict[str, str] = {}
-    for index, linear in enumerate(linears):
-        layer, place = divmod(index, len(_PER_LAYER))
-        name = f"layers_{layer}_{_PER_LAYER[place]}_proj" if layer < layers else "head"
-        parts = {linear.bias: "_bias", linear.scale: "_scale", linear.weight: ""}
-        names |= {key: name + what for key, what in parts.items() if key}
+    for linear, name in zip(linears, [*named, *("final_mix", "head")[-last:]], strict=True):
+        pieces = {linear.bias: "_bias", linear.scale: "_scale", linear.weight: ""}
+        names |= {key: name + what for key, what in pieces.items() if key}
     return names
+
+
+def _layers(plan: Table) -> int:
+    """What `get_n_layers` answers: the only number among its values."""
+    found = [one.table(1) for one in plan.tables(2) if one.number(0, "B") == _INT]
+    if len(found) != 1 or found[0] is None:
+        raise ValueError("no get_n_layers")
+    return int(found[0].number(0, "q"))
 
 
 def _linears(pte: _Pte, plan: Table) -> list[_Linear]:

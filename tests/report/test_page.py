@@ -85,7 +85,7 @@ def test_core_ml_is_never_said_to_have_run(whole):
 def test_what_is_no_speed_is_not_shown_as_one(with_bench):
     text = Elements(render(with_bench())).text
     assert "ios on host: not a speed (evaluated, not run)" in text
-    assert "android, prefill 32, 2 threads" in text and "ios, prefill" not in text
+    assert "prefill 32, 2 threads: android" in text and ": ios" not in text
     text = Elements(render(with_bench("emulated by qemu"))).text
     assert "Nothing measured here is a speed." in text
     assert "tokens/s" not in text and "Prefill" not in text

@@ -1,6 +1,7 @@
 """What an artefact's bytes are for: to the byte, and the same weights in every target."""
 
 import hashlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from mobile_export.bundle import load
 from mobile_export.errors import ExportError
 from mobile_export.export import export_all
+from mobile_export.recipe import recipe_folder
 from mobile_export.report.pte_tensors import pte_tensors
 from mobile_export.report.sizes import Claim, classify, parts, tally
 from mobile_export.targets.onnx_weights import codes_of
@@ -39,12 +41,21 @@ def test_every_target_has_the_same_weights(folders):
         }
 
 
-@pytest.mark.parametrize("name", ["qwen3", "llama"])
-def test_other_families_and_an_embedding_of_its_own(name, spec, tmp_path):
-    export_all(model=spec(name, "&tied=0"), context=64, out=tmp_path)
-    found = [weights(tmp_path / platform) for platform in ("android", "ios", "onnx")]
+@pytest.mark.parametrize(("name", "tied"), [("qwen2", 1), ("qwen3", 0), ("llama", 0)])
+def test_a_rotated_model_with_its_mlps_in_parts_has_them_too(name, tied, spec, tmp_path):
+    text = (recipe_folder() / "sandbox.toml").read_text()
+    recipe = tmp_path / "parts.toml"
+    text = text.replace("[quantize]", "[quantize]\nrotate = true")
+    recipe.write_text(text.replace("[executorch]", "[executorch]\nmlp_parts = 4"))
+    made = export_all(model=spec(name, f"&tied={tied}"), context=64, recipe=str(recipe), out=tmp_path)
+    found = [weights(Path(one.folder)) for one in made]
     assert found[0] == found[1] == found[2]
-    assert found[0][0].bytes == 2 * 1024 * 64
+    assert found[0][0].bytes == (2 - tied) * 1024 * 64
+    assert {one.name: one.bytes for one in found[0] if one.group == "mlp"} == {
+        "gate_proj": 2 * 64 * 192,
+        "up_proj": 2 * 64 * 192,
+        "down_proj": 2 * 64 * 192,
+    }
 
 
 def test_a_ptes_weights_are_named_as_the_program_names_them(folders):
