@@ -109,8 +109,10 @@ def render(changes: Sequence[Change]) -> bool:
     if worse:
         rows = [(one.where, one.what, _show(one.before), _show(one.now)) for one in worse]
         console.table("", ("", "worse than the baseline", "before", "now"), rows)
-    else:
+    elif changes:
         console.say(f"no worse than the baseline in {len(changes)} figures")
+    else:
+        console.say("only the source's figures are the baseline's: it has none of these bundles")
     return not worse
 
 

@@ -109,7 +109,10 @@ def refuse_other_work(before: TaskReport, now: TaskReport) -> None:
 
 
 def changes(before: TaskReport, now: TaskReport) -> list[Change]:
-    """Perplexities and passes of each artefact that both ran. ExportError: there is none, or other work."""
+    """Perplexities and passes of each artefact that both ran.
+
+    ExportError: they are of other work, or there is none and the source's figures are not `before`'s either.
+    """
     refuse_other_work(before, now)
     old = {one.name: one for one in before.contenders if one.name != SOURCE}
     found = []
@@ -123,7 +126,8 @@ def changes(before: TaskReport, now: TaskReport) -> list[Change]:
         if _shared(earlier.code, one.code):
             old_passes, passes = _common(earlier.code, one.code)
             found.append(change(one.name, "passes", old_passes, passes, PASSES))
-    return refuse_none(found)
+    borrowed = now.source is not None and not now.source.seconds
+    return found if borrowed else refuse_none(found)
 
 
 def table(report: TaskReport) -> tuple[str, tuple[str, ...], list[tuple[str, ...]]]:

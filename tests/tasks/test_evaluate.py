@@ -158,6 +158,8 @@ def test_regressions(now, worse):
     assert [change.what for change in found if change.worse] == worse
     with pytest.raises(ExportError, match="nothing in common"):
         changes(before, whole(contender("onnx")))
+    borrowed = msgspec.structs.replace(contender("source"), seconds=0.0)
+    assert changes(before, whole(borrowed, contender("onnx"))) == []
 
 
 def test_what_is_not_finite_never_passes():
