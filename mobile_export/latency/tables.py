@@ -142,15 +142,16 @@ def _bandwidth(report: Report) -> Iterator[str]:
             if report.not_speed(one):
                 continue
             shares = [
-                one.file_bytes * statistics.median(speeds) / probe.per_second
+                f"{one.file_bytes * statistics.median(speeds) / probe.per_second:.0%} at {prompt}"
                 for _, what, prompt in _speeds(report)
                 if what == "decode" and (speeds := report.speeds(one.name, probe.threads, what, prompt))
             ]
-            parts += [f"{one.name} {share:.0%}" for share in shares]
+            if shares:
+                parts.append(f"{one.name} {', '.join(shares)}")
         speed = f"{probe.per_second / 1e9:.1f} GB/s"
         yield (
             f"threads {probe.threads}: memory is read at {speed}; decode (artefact size x tokens a second) "
-            f"reaches {', '.join(parts)}"
+            f"reaches {'; '.join(parts)}"
         )
 
 
