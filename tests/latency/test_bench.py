@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 import shutil
 import statistics
 import subprocess
@@ -73,6 +74,12 @@ def test_every_sample_is_kept(measured):
     assert [one.contender for one in measured.checks] == ours
     assert all(one.matched >= one.expected > 10 for one in measured.checks)
     assert 1e9 < measured.bandwidth[0].per_second < 1e12
+    (said,) = [note for note in tables.notes(measured) if "memory is read" in note]
+    for one in measured.contenders:
+        depths = [f"{regime.prompt}" for regime in REGIMES if regime.decode]
+        assert re.search(
+            f"{re.escape(one.name)} {', '.join(rf'[0-9]+% at {depth}' for depth in depths)}(;|$)", said
+        )
 
 
 def test_the_machine_is_looked_at_before_and_after_each_round(measured):
