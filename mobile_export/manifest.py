@@ -1,6 +1,6 @@
 """manifest.json: what a bundle says about itself. The schema file is generated from this.
 
-Regenerate it with `python -m mobile_export.manifest`; a test compares.
+Regenerate it with `python -m mobile_export.schemas`; a test compares.
 """
 
 from importlib.metadata import version

@@ -19,7 +19,6 @@ def test_it_predicts_and_programs_as_before(platform, real_bundles):
     now = evaluate([real_bundles(platform)], source=False, before=before, work=Work(code=PROBLEMS))
     assert now.passed, now.verdicts
     found = changes(before, now)
-    print(found)
     assert {one.what for one in found} >= {"perplexity, all", "passes"}
     assert not [one for one in found if one.worse]
     (result,) = [one for one in now.contenders if one.name != "source"]

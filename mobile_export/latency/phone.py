@@ -127,8 +127,8 @@ class Phone:
             said = {check.case: check.tokens for check in answer.report.checks}
             matched = sum(_common(case["greedy"], said.get(name, ())) for name, case in cases.items())
             expected = sum(case["greedy_match"] for case in cases.values())
-            cost.note = f"{matched} of the source's tokens, at export {expected}"
-        check = protocol.Check(contender=one.name, threads=threads, matched=matched, expected=expected)
+            check = protocol.Check(contender=one.name, threads=threads, matched=matched, expected=expected)
+            cost.note = check.words()
         refuse_other_words(check)
         self._keep(checks=(check,))
 

@@ -232,6 +232,10 @@ class Check(Table, frozen=True):
     expected: int
     """The same, as exported."""
 
+    def words(self) -> str:
+        """Both counts, for a person."""
+        return f"{self.matched} of the source's tokens, at export {self.expected}"
+
 
 class Samples(Table, frozen=True):
     """What a device measured of contenders."""

@@ -112,10 +112,10 @@ def _check(entry: Entry, threads: int, fast: bool) -> Check:
     with console.step(f"check: {contender.name}") as cost, Worker(launch) as worker:
         worker.open(threads)
         said = worker.ask("check", tokens=_CHECKED if fast else _CHECKED_SLOW)
-        cost.note = f"{said['matched']} of the source's tokens, at export {said['expected']}"
-    check = Check(
-        contender=contender.name, threads=threads, matched=said["matched"], expected=said["expected"]
-    )
+        check = Check(
+            contender=contender.name, threads=threads, matched=said["matched"], expected=said["expected"]
+        )
+        cost.note = check.words()
     refuse_other_words(check)
     return check
 
@@ -124,8 +124,7 @@ def refuse_other_words(check: Check) -> None:
     """Another processor's kernels round otherwise, so that some words may differ; not many."""
     if check.matched < _SAID * check.expected:
         raise ExportError(
-            f"'{check.contender}' does not say there what its bundle's selftest says: "
-            f"{check.matched} of the source's tokens, at export {check.expected}",
+            f"'{check.contender}' does not say there what its bundle's selftest says: {check.words()}",
             "its speed would be of another model: check it with `mobile-export parity`",
         )
 

@@ -41,12 +41,13 @@ def test_every_target_has_the_same_weights(folders):
         }
 
 
+@pytest.mark.parametrize("parts_of_mlps", [1, 4])
 @pytest.mark.parametrize(("name", "tied"), [("qwen2", 1), ("qwen3", 0), ("llama", 0)])
-def test_a_rotated_model_with_its_mlps_in_parts_has_them_too(name, tied, spec, tmp_path):
+def test_other_families_and_rotated_ones_with_their_mlps_in_parts(name, tied, parts_of_mlps, spec, tmp_path):
     text = (recipe_folder() / "sandbox.toml").read_text()
     recipe = tmp_path / "parts.toml"
-    text = text.replace("[quantize]", "[quantize]\nrotate = true")
-    recipe.write_text(text.replace("[executorch]", "[executorch]\nmlp_parts = 4"))
+    text = text.replace("[quantize]", f"[quantize]\nrotate = {str(parts_of_mlps > 1).lower()}")
+    recipe.write_text(text.replace("[executorch]", f"[executorch]\nmlp_parts = {parts_of_mlps}"))
     made = export_all(model=spec(name, f"&tied={tied}"), context=64, recipe=str(recipe), out=tmp_path)
     found = [weights(Path(one.folder)) for one in made]
     assert found[0] == found[1] == found[2]
